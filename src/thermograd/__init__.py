@@ -1,0 +1,58 @@
+"""thermograd: measure and predict the statistical physics of SGD training.
+
+>>> import thermograd as tg
+>>> tg.SGD(lr=0.1, momentum=0.9).effective_lr
+1.0
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import data, errors, landscape, laws, models, noise, report, simulate, theory, trajectory
+    from .hyperparameters import SGD
+    from .laws import check
+    from .problem import Problem
+    from .trajectory import Recorder, open_run
+
+__version__ = "0.1.0"
+__all__ = [
+    "SGD",
+    "Problem",
+    "Recorder",
+    "check",
+    "data",
+    "errors",
+    "landscape",
+    "laws",
+    "models",
+    "noise",
+    "open_run",
+    "report",
+    "simulate",
+    "theory",
+    "trajectory",
+]
+
+# Names are imported on first use, so that `thermograd --help` and `import thermograd` do not wait for torch.
+_WHERE = {
+    "SGD": "hyperparameters",
+    "Problem": "problem",
+    "Recorder": "trajectory",
+    "open_run": "trajectory",
+    "check": "laws",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    if name in __all__:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
