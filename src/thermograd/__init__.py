@@ -1,8 +1,8 @@
 """thermograd: measure and predict the statistical physics of SGD training.
 
 >>> import thermograd as tg
->>> tg.SGD(lr=0.1, momentum=0.9).effective_lr
-1.0
+>>> tg.SGD(lr=0.1, momentum=0.5).effective_lr
+0.2
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class SGD:
         kind = type(optimizer).__name__
         if kind != "SGD":
             raise HyperparameterError(
-                f"the optimizer is {kind}", expected="torch.optim.SGD, which is what the theory describes",
+                f"the optimizer is {kind}",
+                expected="torch.optim.SGD, which is what the theory describes",
                 remedy="pass the hyperparameters of an equivalent SGD by hand, or train with SGD",
             )
         groups = optimizer.param_groups
@@ -143,7 +144,7 @@ class SGD:
 
     @property
     def effective_lr(self) -> float:
-        """eta (1 - dampening) / (1 - beta): the step that a constant gradient settles to."""
+        """Effective step eta (1 - dampening) / (1 - beta), what a constant gradient settles to."""
         return self.lr * (1 - self.dampening) / (1 - self.momentum)
 
     @property

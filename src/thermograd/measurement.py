@@ -23,9 +23,7 @@ def quantity(*dims: str, units: str = "1", long_name: str = "", default: Any = d
     A field without dimensions is a scalar. A field whose only dimension carries the field's own name
     becomes a coordinate of the xarray dataset.
     """
-    return dataclasses.field(
-        default=default, metadata={"dims": dims, "units": units, "long_name": long_name}
-    )
+    return dataclasses.field(default=default, metadata={"dims": dims, "units": units, "long_name": long_name})
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,9 @@ class Measurement:
         """The result as an :class:`xarray.Dataset` with dims, coords, and units in attrs."""
         import xarray
 
-        variables, coords, attrs = {}, {}, {}
+        variables: dict[str, Any] = {}
+        coords: dict[str, Any] = {}
+        attrs: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None:

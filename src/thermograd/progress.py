@@ -1,0 +1,106 @@
+"""Progress bars for anything that takes longer than two seconds.
+
+A bar shows on an interactive standard error only, and only once a second has passed, so that quick work
+stays quiet and logs stay clean.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+__all__ = ["bar", "track"]
+
+_DELAY = 1.0  # seconds before a bar appears
+_T = TypeVar("_T")
+
+
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s")
+
+
+class bar(AbstractContextManager["bar"]):
+    """A progress bar as a context manager.
+
+    Args:
+        description: what is being done, a few words.
+        total: how many steps in all; None when unknown.
+
+    >>> with bar("counting", total=3) as progress:
+    ...     for _ in range(3):
+    ...         progress.advance()
+    >>> progress.done
+    3
+    """
+
+    def __init__(self, description: str, total: int | None = None):
+        self.description, self.total, self.done = description, total, 0
+        self._started = time.monotonic()
+        self._progress: Progress | None = None
+        self._task = None
+
+    def advance(self, steps: int = 1, description: str | None = None) -> None:
+        """Count ``steps`` more as done; optionally change the text."""
+        self.done += steps
+        self.description = description or self.description
+        if self._progress is None and time.monotonic() - self._started > _DELAY:
+            self._show()
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self.done, description=self.description)
+
+    def _show(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(self.description, total=self.total)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def track(iterable: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
+    """Iterate with a bar.
+
+    >>> sum(track(range(4), "adding"))
+    6
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with bar(description, total) as progress:
+        for item in iterable:
+            yield item
+            progress.advance()
