@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, errors, landscape, laws, models, noise, report, simulate, theory, trajectory
+    from . import data, errors, landscape, laws, losses, models, noise, report, simulate, theory, trajectory
     from .hyperparameters import SGD
     from .laws import check
     from .problem import Problem
@@ -27,6 +27,7 @@ __all__ = [
     "errors",
     "landscape",
     "laws",
+    "losses",
     "models",
     "noise",
     "open_run",
