@@ -6,6 +6,7 @@ differentiated twice. The weights at construction come from torch's global gener
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +51,7 @@ def mlp(sizes: Sequence[int], activation: str = "relu", bias: bool = True) -> nn
     _check_sizes(sizes=sizes)
     network = nn.Sequential()
     network.add_module("flatten", nn.Flatten())
-    for i, (width, following) in enumerate(zip(sizes[:-1], sizes[1:]), 1):
+    for i, (width, following) in enumerate(itertools.pairwise(sizes), 1):
         if i > 1:
             network.add_module(f"{activation}{i - 1}", _activation(activation))
         network.add_module(f"layer{i}", nn.Linear(width, following, bias=bias))
