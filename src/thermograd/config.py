@@ -1,0 +1,368 @@
+"""The configuration of a run: a TOML file, checked key by key before anything is trained.
+
+.. code-block:: toml
+
+    [run]
+    seed = 0
+
+    [model]
+    name = "mlp"                          # a built-in name, or "package.module:function"
+    arguments = { sizes = [64, 16, 10] }
+
+    [data]
+    name = "digits"                       # likewise
+    n = 1500
+
+    [optimizer]
+    name = "sgd"
+    lr = 0.1
+    momentum = 0.9
+
+    [training]
+    batch_size = 50
+    burn_in_steps = 5000                  # trained, not recorded
+    steps = 20000                         # trained and recorded
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+from .hyperparameters import SGD, Sampling
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "LossConfig",
+    "MeasureConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "load",
+]
+
+_Dtype = Literal["float32", "float64"]
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(_Section):
+    """``[run]``: the seed, where the run goes, and where it is computed."""
+
+    seed: _Seed = Field(default=0, description="of the initial weights and of the minibatches")
+    out: str | None = Field(default=None, description="folder of the run, relative to the current folder")
+    path: list[str] = Field(default=[], description="folders to import user modules from, relative to this file")
+    device: str = Field(default="cpu", description="torch device")
+
+
+class ModelConfig(_Section):
+    """``[model]``: a built-in network or a function that returns a ``torch.nn.Module``."""
+
+    name: str = Field(description="linear, mlp, small_cnn, small_transformer, or package.module:function")
+    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of that function")
+
+
+class DataConfig(_Section):
+    """``[data]``: a built-in data set or a function that returns ``(X, y)`` or a torch data set."""
+
+    name: str = Field(description="digits, mnist, fashion_mnist, cifar10, a .csv file, or package.module:function")
+    folder: str | None = Field(default=None, description="where the files lie, relative to this file")
+    split: Literal["train", "test"] = Field(default="train", description="part of the data set")
+    n: int | None = Field(default=None, ge=1, description="keep this many samples")
+    n_seed: _Seed | None = Field(default=None, description="draw the n samples at random; without it, take the first n")
+    label_noise: float = Field(default=0.0, ge=0, le=1, description="fraction of samples that get a wrong label")
+    label_noise_seed: _Seed = Field(default=0, description="of the wrong labels")
+    arguments: dict[str, Any] = Field(
+        default={}, description="keyword arguments of package.module:function, or of csv_table"
+    )
+
+
+class LossConfig(_Section):
+    """``[loss]``: a built-in per-sample loss or a function on ``(output, target)``."""
+
+    name: str = Field(default="cross_entropy", description="a built-in loss, or package.module:function")
+    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the loss")
+
+
+class OptimizerConfig(_Section):
+    """``[optimizer]``: SGD, or any optimizer of ``torch.optim`` by name."""
+
+    name: str = Field(default="sgd", description="sgd, or the name of a torch.optim optimizer")
+    lr: float = Field(gt=0, description="learning rate")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(default=0.0, ge=0, description="L2 coefficient")
+    nesterov: bool = Field(default=False, description="Nesterov momentum of SGD")
+    dampening: float = Field(default=0.0, ge=0, lt=1, description="dampening of SGD")
+    arguments: dict[str, Any] = Field(default={}, description="further keyword arguments of another optimizer")
+
+    @property
+    def is_sgd(self) -> bool:
+        """Whether the theory's optimizer is asked for."""
+        return self.name.lower() == "sgd"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimizerConfig:
+        if self.is_sgd:
+            SGD(lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, dampening=self.dampening)
+        elif self.nesterov or self.dampening or self.momentum:
+            raise ValueError(f"momentum, nesterov and dampening belong to sgd; give those of {self.name} in arguments")
+        return self
+
+
+class ScheduleConfig(_Section):
+    """``[training.schedule]``: a scheduler of ``torch.optim.lr_scheduler``, stepped once a training step."""
+
+    name: str = Field(description="name of a torch.optim.lr_scheduler scheduler")
+    arguments: dict[str, Any] = Field(default={}, description="its keyword arguments, in steps")
+
+
+class TrainingConfig(_Section):
+    """``[training]``: how minibatches are drawn, for how long, and what is recorded."""
+
+    batch_size: int = Field(ge=1, description="samples in a minibatch")
+    sampling: Sampling = Field(default="reshuffle", description="how minibatches are drawn")
+    drop_last: bool = Field(default=False, description="leave out the smaller batch at the end of an epoch")
+    burn_in_steps: int = Field(default=0, ge=0, description="steps trained before the recording")
+    steps: int = Field(ge=1, description="steps recorded")
+    every: int = Field(default=1, ge=1, description="record every so many steps")
+    record: str | list[str] | None = Field(
+        default=None, description="name pattern of the parameters to record and measure"
+    )
+    dtype: _Dtype = Field(default="float32", description="precision of the training")
+    checkpoint_seconds: float = Field(default=10.0, gt=0, description="time between checkpoints")
+    schedule: ScheduleConfig | None = Field(default=None, description="learning rate schedule")
+
+
+class MeasureConfig(_Section):
+    """``[measure]``: which laws are checked, and how thoroughly."""
+
+    laws: Literal["all"] | list[str] = Field(default="all", description='"all" or names from `thermograd laws`')
+    modes: int | None = Field(default=None, ge=1, description="leading Hessian modes measured")
+    dtype: _Dtype = Field(default="float64", description="precision of the measurements")
+    samples: int | None = Field(default=None, ge=1, description="samples measured on; without it, all")
+
+
+class Config(_Section):
+    """A whole configuration.
+
+    >>> config = Config.from_dict({
+    ...     "model": {"name": "linear", "arguments": {"d_in": 64, "d_out": 10}},
+    ...     "data": {"name": "digits"},
+    ...     "optimizer": {"lr": 0.1},
+    ...     "training": {"batch_size": 50, "steps": 100},
+    ... })
+    >>> config.loss.name, config.training.sampling
+    ('cross_entropy', 'reshuffle')
+    >>> Config.from_dict({**config.to_dict(), "optimizer": {"lr": 0.1, "mometum": 0.9}})
+    Traceback (most recent call last):
+        ...
+    thermograd.errors.ConfigError: unknown key optimizer.mometum = 0.9 (did you mean 'momentum'?)...
+    """
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    measure: MeasureConfig = MeasureConfig()
+
+    @field_validator("run", "loss", "measure", mode="before")
+    @classmethod
+    def _allow_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Config:
+        """Check a nested dictionary.
+
+        Raises:
+            ConfigError: a key is unknown or absent, or a value is not what is expected.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _explain(error, values, source) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration with every default filled in; keys that are None are left out."""
+        return self.model_dump(exclude_none=True)
+
+    def to_toml(self) -> str:
+        """The configuration as TOML, every default filled in."""
+        return "\n".join(_toml_table(self.to_dict(), ())).strip() + "\n"
+
+    def trains_like(self, other: Config) -> bool:
+        """Whether both configurations train the same weights and record the same (wherever the files lie)."""
+        aside: dict[str, Any] = {"measure": True, "run": {"out", "path"}, "data": {"folder"}}
+        aside["training"] = {"checkpoint_seconds"}
+        return self.model_dump(exclude=aside) == other.model_dump(exclude=aside)
+
+    def differences(self, other: Config) -> list[str]:
+        """Keys in which two configurations differ, as ``optimizer.lr: 0.1 -> 0.2``."""
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        keys = dict.fromkeys((*mine, *theirs))
+        return [f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+
+    def replace(self, section: str, **changes: Any) -> Config:
+        """A copy with some keys of one section changed, checked again."""
+        values = self.to_dict()
+        return Config.from_dict({**values, section: {**values.get(section, {}), **changes}})
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read and check a configuration file.
+
+    ``data.folder`` and ``run.path`` are taken relative to the file; the file's own folder is searched for user
+    modules too.
+
+    Raises:
+        ConfigError: the file is absent or not TOML (with line and column), or a key or a value is wrong.
+    """
+    path = Path(path).expanduser()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no file {path.absolute()}",
+            expected="a configuration in TOML",
+            remedy="check the path, or start from one of the examples",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", expected="a text file in TOML") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}",
+            expected='lines such as [section] and key = value, with text in "quotes"',
+        ) from None
+    config = Config.from_dict(values, str(path))
+    here = path.absolute().parent
+    folders = [str((here / Path(p).expanduser()).resolve()) for p in config.run.path]
+    config = config.replace("run", path=folders if str(here) in folders else [*folders, str(here)])
+    if config.data.folder is not None:
+        config = config.replace("data", folder=str((here / Path(config.data.folder).expanduser()).resolve()))
+    if config.run.out is None:
+        config = config.replace("run", out=str(Path("runs") / path.stem))
+    return config
+
+
+# ---------------------------------------------------------------------- from pydantic's errors to one paragraph
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any], source: str) -> ConfigError:
+    """One paragraph about the first fault; the other faulty keys are named."""
+    # unknown keys first: a misspelt key is the usual reason why another one is absent
+    faults = sorted(error.errors(include_url=False), key=lambda f: f["type"] != "extra_forbidden")
+    fault = faults[0]
+    location = _location(fault["loc"], values)
+    key = ".".join(location)
+    others = sorted({".".join(_location(f["loc"], values)) for f in faults[1:]} - {key})
+    more = f"; also wrong: {', '.join(others)}" if others else ""
+    section = _section_of(location)
+    if fault["type"] == "extra_forbidden":
+        known = list(section.model_fields) if section else list(Config.model_fields)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
+        value = "" if isinstance(fault["input"], dict) else f" = {_short(fault['input'])}"
+        return ConfigError(f"unknown key {key}{value}{guess} in {source}{more}", expected=f"one of {', '.join(known)}")
+    meaning = _describe(section, location[-1])
+    if fault["type"] == "missing":
+        return ConfigError(f"the key {key} is absent from {source}{more}", expected=meaning or f"a section [{key}]")
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if fault["type"] == "value_error":
+        return ConfigError(f"{key} is wrong in {source}{more}: {message}")
+    guess = _near_miss(fault)
+    where = f" ({meaning})" if meaning else ""
+    return ConfigError(
+        f"{key} is {_short(fault['input'])} in {source}{more}",
+        expected=f"{message}{where}{guess}".replace("valid dictionary", "table").replace("a valid ", "a "),
+    )
+
+
+def _location(parts: tuple[int | str, ...], values: Any) -> list[str]:
+    """The key's place, without the names that pydantic adds for the members of a union."""
+    place: list[str] = []
+    for part in parts:
+        inside = isinstance(values, Mapping) and (part in values or not place or part == parts[-1])
+        if not (inside or (isinstance(values, list) and isinstance(part, int))):
+            break
+        place.append(str(part))
+        values = values.get(part) if isinstance(values, Mapping) else values[part]  # type: ignore[index]
+    return place
+
+
+def _section_of(location: list[str]) -> type[BaseModel] | None:
+    section: Any = Config
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if section is not None else None
+        kind = ScheduleConfig if part == "schedule" else field.annotation if field else None
+        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return section
+
+
+def _describe(section: type[BaseModel] | None, key: str) -> str:
+    field = section.model_fields.get(key) if section else None
+    return (field.description or "") if field else ""
+
+
+def _near_miss(fault: Any) -> str:
+    if fault["type"] != "literal_error" or not isinstance(fault["input"], str):
+        return ""
+    choices = [c.strip(" '") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
+    close = difflib.get_close_matches(fault["input"], choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ---------------------------------------------------------------------- TOML
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _toml_table(values: Mapping[str, Any], place: tuple[str, ...]) -> list[str]:
+    lines = [f"{_toml_key(k)} = {_toml_value(v)}" for k, v in values.items() if not isinstance(v, Mapping)]
+    if place and (lines or not values):
+        lines.insert(0, f"\n[{'.'.join(map(_toml_key, place))}]")
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += _toml_table(value, (*place, key))
+    return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    return value.isoformat() if hasattr(value, "isoformat") else repr(value)
