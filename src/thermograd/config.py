@@ -282,14 +282,17 @@ def _explain(error: ValidationError, values: Mapping[str, Any], source: str) -> 
     meaning = _describe(section, location[-1])
     if fault["type"] == "missing":
         return ConfigError(f"the key {key} is absent from {source}{more}", expected=meaning or f"a section [{key}]")
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
+        message = fault["msg"].removeprefix("Value error, ")
         return ConfigError(f"{key} is wrong in {source}{more}: {message}")
+    same = [f["msg"] for f in faults if _location(f["loc"], values) == location]  # one for each member of a union
+    message = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in same))
+    message = message.replace("valid dictionary", "table").replace(" or instance of ScheduleConfig", "")
     guess = _near_miss(fault)
     where = f" ({meaning})" if meaning else ""
     return ConfigError(
         f"{key} is {_short(fault['input'])} in {source}{more}",
-        expected=f"{message}{where}{guess}".replace("valid dictionary", "table").replace("a valid ", "a "),
+        expected=f"{message.replace('a valid ', 'a ')}{where}{guess}",
     )
 
 

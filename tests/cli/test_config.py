@@ -85,7 +85,7 @@ def test_what_counts_as_the_same_training() -> None:
         ("steps = 100", "steps = 1\n[measure]\nlaws = 7", ["measure.laws is 7"]),
         ("steps = 100", 'steps = 1\n[training.schedule]\nnme = "StepLR"', ["training.schedule.nme", "'name'"]),
         ('name = "digits"', 'name = "digits"\nlabel_noise = 2', ["data.label_noise is 2", "less than or equal to 1"]),
-        ("[model]", 'model = "mlp"\n[x]', ["model is 'mlp'", "unknown key x|also wrong: .*x"]),
+        ("[model]", 'model = "mlp"\n[x]', ["unknown key x", "also wrong: model"]),
     ],
 )
 def test_faults_are_named_with_what_was_expected(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
@@ -96,7 +96,7 @@ def test_faults_are_named_with_what_was_expected(tmp_path: Path, old: str, new: 
     assert "experiment.toml" in message
     assert "\n" not in message
     for word in words:
-        assert any(part.replace(".*", "") in message for part in word.split("|")), (word, message)
+        assert word in message
 
 
 def test_syntax_errors_give_line_and_column(tmp_path: Path) -> None:
@@ -112,3 +112,11 @@ def test_absent_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "binary.toml")
+
+
+def test_a_section_that_is_not_a_table() -> None:
+    values = tomllib.loads(MINIMAL)
+    with pytest.raises(ConfigError, match="model is 'mlp' in the configuration"):
+        Config.from_dict({**values, "model": "mlp"})
+    with pytest.raises(ConfigError, match=r"measure\.laws is 'al'.* or a list"):
+        Config.from_dict({**values, "measure": {"laws": "al"}})
