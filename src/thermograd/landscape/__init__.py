@@ -1,0 +1,39 @@
+"""The loss landscape at a point in weight space: curvature, its spectrum, and the loss along directions.
+
+>>> import thermograd as tg, torch
+>>> problem = tg.Problem(torch.nn.Linear(2, 1), torch.nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+>>> tg.landscape.eigenpairs(tg.landscape.hessian(problem), k=1).eigenvalues
+tensor([6.0000], dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+from .curvature import GaussNewton, Hessian, gauss_newton, hessian
+from .dimension import EffectiveDimension, SubspaceOverlap, effective_dimension, subspace_overlap
+from .estimators import Diagonal, Estimate, SpectralDensity, diagonal, spectral_density, trace, trace_of_square
+from .operators import MatrixOperator, Operator, as_operator
+from .spectrum import Eigenpairs, all_eigenpairs, eigenpairs
+
+__all__ = [
+    "Diagonal",
+    "EffectiveDimension",
+    "Eigenpairs",
+    "Estimate",
+    "GaussNewton",
+    "Hessian",
+    "MatrixOperator",
+    "Operator",
+    "SpectralDensity",
+    "SubspaceOverlap",
+    "all_eigenpairs",
+    "as_operator",
+    "diagonal",
+    "effective_dimension",
+    "eigenpairs",
+    "gauss_newton",
+    "hessian",
+    "spectral_density",
+    "subspace_overlap",
+    "trace",
+    "trace_of_square",
+]

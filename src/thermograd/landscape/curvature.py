@@ -1,0 +1,198 @@
+r"""The Hessian and the Gauss-Newton matrix of a problem, by their products with vectors.
+
+Both are computed chunk by chunk over the data. Within a chunk the forward pass and the first derivative are
+made once, then each vector costs one (Hessian) or three (Gauss-Newton) further backward passes, so a block of
+vectors is cheaper than the same vectors one after the other. When all the data fit one chunk its graph is kept
+from one product to the next. Only reverse-mode differentiation is used, which every torch layer supports.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, NonFiniteError
+from ..problem import Problem
+from .operators import Operator
+
+__all__ = ["GaussNewton", "Hessian", "gauss_newton", "hessian"]
+
+_Kept = tuple[Tensor, ...]
+
+
+class _Curvature(Operator):
+    """A mean over samples of per-sample curvatures, plus weight decay on the diagonal."""
+
+    def __init__(self, problem: Problem, theta: Any, index: Any, weight_decay: float):
+        if not (np.isfinite(weight_decay) and weight_decay >= 0):
+            raise InputError(f"weight_decay is {weight_decay}", expected="a finite number >= 0")
+        super().__init__(problem.P, problem.dtype, problem.device)
+        self.problem, self.weight_decay = problem, float(weight_decay)
+        self.theta = problem.as_theta(theta).clone()  # [P]
+        self._blocks = problem._blocks(index)
+        self._count = sum(map(len, self._blocks))
+        self._graph: _Kept | None = None
+
+    def _product(self, block: Tensor) -> Tensor:
+        total = self.weight_decay * self._count * block  # [P, k]
+        for index in self._blocks:
+            total += self._chunk(index, block)
+        if not bool(torch.isfinite(total).all()):
+            self._name_offender()
+        return total / self._count
+
+    def _chunk(self, index: Tensor, block: Tensor) -> Tensor:
+        """Sum over the samples of a chunk of their curvature times the block."""
+        if len(self._blocks) > 1:
+            return self._apply(self._trace(index), block)
+        if self._graph is not None:
+            try:
+                return self._apply(self._graph, block)
+            except RuntimeError as error:
+                # a frozen part of the model was changed in place since the graph was made: make it anew
+                if "modified by an inplace operation" not in str(error):
+                    raise
+        self._graph = self._trace(index)
+        return self._apply(self._graph, block)
+
+    def _refuse(self, losses: Tensor, index: Tensor) -> None:
+        bad = (~torch.isfinite(losses.detach())).nonzero().flatten()
+        if len(bad):
+            raise NonFiniteError(
+                f"the loss of sample {int(index[bad[0]])} is {float(losses[bad[0]])}",
+                expected="a finite loss for every sample",
+                remedy="check the weights (they may have diverged) and that sample",
+            )
+
+    def _name_offender(self) -> None:
+        """Find the first sample whose curvature is not finite, and say so."""
+        probe = torch.randn(self.problem.P, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        probe = probe.to(self.device, self.dtype)
+        for index in self._blocks:
+            if bool(torch.isfinite(self._apply(self._trace(index), probe)).all()):
+                continue
+            for one in index.split(1):
+                if not bool(torch.isfinite(self._apply(self._trace(one), probe)).all()):
+                    raise NonFiniteError(
+                        f"the curvature of sample {int(one)} is not finite although its loss is",
+                        expected="a loss that can be differentiated twice at every sample",
+                        remedy="look for a square root, a norm or a logarithm at zero in the model or the loss",
+                    )
+
+    @abstractmethod
+    def _trace(self, index: Tensor) -> _Kept:
+        """Whatever does not depend on the vector."""
+
+    @abstractmethod
+    def _apply(self, graph: _Kept, block: Tensor) -> Tensor:
+        """What is done for each vector."""
+
+
+def _pull(outputs: Tensor, inputs: Tensor, cotangent: Tensor) -> Tensor:
+    """Transposed Jacobian of ``outputs`` times ``cotangent``, zero where there is no dependence."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(inputs)
+    (pulled,) = torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, materialize_grads=True)
+    return pulled
+
+
+class Hessian(_Curvature):
+    r"""Hessian of the mean loss, :math:`H = \nabla^2 L + \lambda I`; see :func:`hessian`."""
+
+    def _trace(self, index: Tensor) -> _Kept:
+        leaf = self.theta.clone().requires_grad_()
+        losses = self.problem.differentiable_sample_losses(leaf, index)  # [b]
+        self._refuse(losses, index)
+        if not losses.requires_grad:
+            return leaf, torch.zeros_like(self.theta)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True, materialize_grads=True)  # [P]
+        return leaf, gradient
+
+    def _apply(self, graph: _Kept, block: Tensor) -> Tensor:
+        leaf, gradient = graph
+        return torch.stack([_pull(gradient, leaf, v) for v in block.T], dim=1)  # [P, k]
+
+
+class GaussNewton(_Curvature):
+    r"""Generalised Gauss-Newton matrix; see :func:`gauss_newton`."""
+
+    def _trace(self, index: Tensor) -> _Kept:
+        leaf = self.theta.clone().requires_grad_()
+        outputs, targets = self.problem.differentiable_outputs(leaf, index)  # [b, ...]
+        detached = outputs.detach().requires_grad_()
+        losses = self.problem.output_sample_losses(detached, targets)  # [b]
+        self._refuse(losses, index)
+        (slope,) = torch.autograd.grad(losses.sum(), detached, create_graph=True, materialize_grads=True)
+        cotangent = torch.zeros_like(outputs).requires_grad_()
+        if outputs.requires_grad:
+            (pulled,) = torch.autograd.grad(outputs, leaf, cotangent, create_graph=True, materialize_grads=True)
+        else:
+            pulled = torch.zeros_like(self.theta)
+        return leaf, outputs, detached, slope, cotangent, pulled
+
+    def _apply(self, graph: _Kept, block: Tensor) -> Tensor:
+        leaf, outputs, detached, slope, cotangent, pulled = graph
+        columns = []
+        for v in block.T:
+            # J^T u is linear in u, so pulling v back through it gives J v
+            pushed = _pull(pulled, cotangent, v)
+            columns.append(_pull(outputs, leaf, _pull(slope, detached, pushed)))
+        return torch.stack(columns, dim=1)  # [P, k]
+
+
+def hessian(problem: Problem, theta: Any = None, index: Any = None, weight_decay: float = 0.0) -> Hessian:
+    r"""Hessian of the mean loss at ``theta``, matrix-free.
+
+    .. math:: H = \frac1N \sum_i \nabla^2 \ell_i(\theta) + \lambda I
+
+    by differentiating the gradient along a vector (Pearlmutter 1994), exact to rounding.
+
+    Args:
+        problem: the problem, with P weights and N samples.
+        theta: weights ``[P]``; default: where the model stands now.
+        index: the samples to average over; default all N.
+        weight_decay: :math:`\lambda`, added on the diagonal.
+
+    Returns:
+        An :class:`~thermograd.landscape.operators.Operator` of shape (P, P).
+
+    Raises:
+        NonFiniteError: a sample's loss or curvature is not finite; the message names the first such sample.
+
+    >>> problem = Problem.from_function(lambda w, a: (a * w).prod(), torch.tensor([1.0, 2.0]), torch.ones(3, 2))
+    >>> hessian(problem).dense()
+    tensor([[0., 1.],
+            [1., 0.]], dtype=torch.float64)
+    """
+    return Hessian(problem, theta, index, weight_decay)
+
+
+def gauss_newton(problem: Problem, theta: Any = None, index: Any = None, weight_decay: float = 0.0) -> GaussNewton:
+    r"""Generalised Gauss-Newton matrix at ``theta``, matrix-free.
+
+    .. math::
+        G = \frac1N \sum_i J_i^\top \, [\nabla_f^2 \ell_i] \, J_i + \lambda I, \quad J_i = \partial f_i/\partial\theta
+
+    (Schraudolph 2002). It is what remains of the Hessian when the curvature of the network itself is dropped
+    (Mori et al. 2022, Eqs. 10-11), and equals the Fisher matrix for cross-entropy.
+
+    Args:
+        problem: a problem built from a model (not from a plain function, which has no outputs).
+        theta: weights ``[P]``; default: where the model stands now.
+        index: the samples to average over; default all N.
+        weight_decay: :math:`\lambda`, added on the diagonal.
+
+    Raises:
+        NotAvailableError: the problem has no outputs.
+        NonFiniteError: a sample's loss or curvature is not finite.
+
+    >>> X, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
+    >>> problem = Problem(torch.nn.Linear(1, 1, bias=False), torch.nn.MSELoss(), (X, y))
+    >>> gauss_newton(problem).dense()
+    tensor([[5.]], dtype=torch.float64)
+    """
+    return GaussNewton(problem, theta, index, weight_decay)
