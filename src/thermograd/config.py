@@ -253,8 +253,9 @@ def load(path: str | os.PathLike[str]) -> Config:
     here = path.absolute().parent
     folders = [str((here / Path(p).expanduser()).resolve()) for p in config.run.path]
     config = config.replace("run", path=folders if str(here) in folders else [*folders, str(here)])
-    if config.data.folder is not None:
-        config = config.replace("data", folder=str((here / Path(config.data.folder).expanduser()).resolve()))
+    is_table = ":" not in config.data.name and config.data.name.lower().endswith((".csv", ".csv.gz"))
+    if config.data.folder is not None or is_table:
+        config = config.replace("data", folder=str((here / Path(config.data.folder or ".").expanduser()).resolve()))
     if config.run.out is None:
         config = config.replace("run", out=str(Path("runs") / path.stem))
     return config

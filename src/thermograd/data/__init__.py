@@ -15,12 +15,12 @@ from typing import Literal
 
 from ..errors import DataError
 from .cifar import cifar10
-from .dataset import Dataset
+from .dataset import Dataset, noisy_labels
 from .files import data_folder
 from .idx import fashion_mnist, mnist
 from .tables import csv_table, digits
 
-__all__ = ["NAMES", "Dataset", "cifar10", "csv_table", "digits", "fashion_mnist", "load", "mnist"]
+__all__ = ["NAMES", "Dataset", "cifar10", "csv_table", "digits", "fashion_mnist", "load", "mnist", "noisy_labels"]
 
 _IMAGES = {"mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10}
 _ALIASES = {"fashionmnist": "fashion_mnist", "cifar_10": "cifar10"}

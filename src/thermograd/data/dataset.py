@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from ..errors import DataError, ThermogradWarning
 
-__all__ = ["Dataset"]
+__all__ = ["Dataset", "noisy_labels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,27 +105,8 @@ class Dataset(TensorDataset):
         return dataclasses.replace(self, X=self.X[index], y=chosen)
 
     def with_label_noise(self, fraction: float, seed: int = 0) -> Dataset:
-        """Give a wrong label to a fraction of the samples.
-
-        ``round(fraction * N)`` samples are drawn without replacement; each gets one of the other classes,
-        all equally likely.
-
-        Args:
-            fraction: share of the samples in [0, 1].
-            seed: of the draw.
-
-        Raises:
-            DataError: the fraction is outside [0, 1], or there is one class only.
-        """
-        if not 0 <= fraction <= 1:
-            raise DataError(f"the label noise is {fraction!r}", expected="a fraction between 0 and 1")
-        if len(self.classes) < 2 and fraction > 0:
-            raise DataError(f"{self.name} has one class", expected="two classes or more to confuse")
-        generator = torch.Generator().manual_seed(seed)
-        wrong = torch.randperm(len(self), generator=generator)[: round(fraction * len(self))]
-        shift = torch.randint(1, max(2, len(self.classes)), (len(wrong),), generator=generator)
-        y = self.y.clone()
-        y[wrong] = (y[wrong] + shift) % len(self.classes)
+        """Give a wrong label to a fraction of the samples; see :func:`noisy_labels`."""
+        y = noisy_labels(self.y, len(self.classes), fraction, seed)
         return dataclasses.replace(self, y=y)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
@@ -133,3 +114,33 @@ class Dataset(TensorDataset):
 
     def __len__(self) -> int:
         return len(self.y)
+
+
+def noisy_labels(y: Tensor, classes: int, fraction: float, seed: int = 0) -> Tensor:
+    """Labels of which a fraction is wrong.
+
+    ``round(fraction * N)`` samples are drawn without replacement; each gets one of the other classes, all equally
+    likely.
+
+    Args:
+        y: class of each sample, int64 [N].
+        classes: number of classes.
+        fraction: share of the samples in [0, 1].
+        seed: of the draw.
+
+    Raises:
+        DataError: the fraction is outside [0, 1], or there is one class only.
+
+    >>> int((noisy_labels(torch.zeros(10, dtype=torch.int64), 3, 0.3) != 0).sum())
+    3
+    """
+    if not 0 <= fraction <= 1:
+        raise DataError(f"the label noise is {fraction!r}", expected="a fraction between 0 and 1")
+    if classes < 2 and fraction > 0:
+        raise DataError(f"there are {classes} classes", expected="two or more to confuse")
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(len(y), generator=generator)[: round(fraction * len(y))]
+    shift = torch.randint(1, max(2, classes), (len(wrong),), generator=generator)
+    noisy = y.clone()
+    noisy[wrong] = (noisy[wrong] + shift) % classes
+    return noisy
