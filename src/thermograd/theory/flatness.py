@@ -1,0 +1,165 @@
+r"""Variance and flatness (Feng & Tu 2021, PNAS 118 e2015617118) and the exponents that follow from the noise.
+
+Flatness F along a direction: the distance between the two places where the loss has grown by a factor e.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import DataError, TooShortError
+from .arrays import Array, finite
+
+__all__ = [
+    "Regime",
+    "curvature_from_flatness",
+    "direction_temperature",
+    "flatness_from_curvature",
+    "noise_exponent",
+    "random_walk_pca",
+    "variance_exponent",
+    "variance_from_temperature",
+]
+
+Regime = Literal["flat", "sharp"]
+
+
+def _positive(value: ArrayLike, name: str) -> Array:
+    array = finite(value, name)
+    if np.any(array <= 0):
+        raise DataError(f"{name} is {array.min():g}", expected="numbers > 0")
+    return array
+
+
+def flatness_from_curvature(curvature: ArrayLike, loss: ArrayLike) -> Array:
+    r"""Flatness of a quadratic valley, :math:`F=\sqrt{8(e-1)L_0/h}` (derived from Feng & Tu's definition).
+
+    Args:
+        curvature: h > 0 along each direction, any shape.
+        loss: L_0 > 0 at the bottom.
+
+    Returns:
+        F, in units of the weights. Real scans are about 0.75 of it.
+
+    Raises:
+        DataError: a curvature or loss that is not positive.
+
+    >>> float(flatness_from_curvature(2.0, 0.5).round(4))
+    1.8538
+    """
+    return np.sqrt(8 * (np.e - 1) * _positive(loss, "loss") / _positive(curvature, "curvature"))
+
+
+def curvature_from_flatness(flatness: ArrayLike, loss: ArrayLike) -> Array:
+    r"""Inverse of :func:`flatness_from_curvature`, :math:`h=8(e-1)L_0/F^2`.
+
+    >>> float(curvature_from_flatness(flatness_from_curvature(2.0, 0.5), 0.5).round(12))
+    2.0
+    """
+    return 8 * (np.e - 1) * _positive(loss, "loss") / _positive(flatness, "flatness") ** 2
+
+
+def direction_temperature(lr: float, noise_variance: ArrayLike) -> Array:
+    r"""Temperature of a direction, :math:`T_i=\frac{\alpha}{2}\,p_i^TC_Bp_i` (Feng & Tu 2021), in units of the loss.
+
+    Args:
+        lr: learning rate alpha.
+        noise_variance: variance of the minibatch gradient along each direction, [n].
+
+    Returns:
+        [n].
+
+    Raises:
+        NonFiniteError: NaN or infinity given.
+
+    >>> direction_temperature(0.1, [1.0, 2.0])
+    array([0.05, 0.1 ])
+    """
+    return lr / 2 * finite(noise_variance, "noise_variance")
+
+
+def variance_from_temperature(lr: float, temperature: ArrayLike, correlation_time: ArrayLike) -> Array:
+    r"""The identity :math:`\sigma_i^2=\alpha T_i\tau_i`, with :math:`\tau=2\sigma^2/\sigma_v^2` in steps (derived).
+
+    Exact when :math:`\sigma_v^2=\alpha^2C_{ii}`, as it is without momentum to first order in the learning rate.
+
+    Args:
+        lr: learning rate alpha.
+        temperature: T_i, [n].
+        correlation_time: tau_i in steps, [n].
+
+    Returns:
+        [n], in squared weights.
+
+    Raises:
+        NonFiniteError: NaN or infinity given.
+
+    >>> float(variance_from_temperature(0.1, 0.05, 20.0).round(12))
+    0.1
+    """
+    return lr * finite(temperature, "temperature") * finite(correlation_time, "correlation_time")
+
+
+def variance_exponent(gamma: ArrayLike, regime: Regime) -> Array:
+    r"""Exponent of :math:`\sigma^2\propto F^{-\psi}` when the noise goes as :math:`C\propto H^\gamma` (derived).
+
+    Sharp modes (relaxing well within an epoch, or with replacement and a long window): :math:`\psi=2(\gamma-1)`. Flat
+    modes (limited by the epoch when reshuffled, by the window when sampled with replacement): :math:`\psi=2\gamma`.
+    The crossover curvature is :func:`thermograd.theory.sampling.crossover_curvature`.
+
+    Args:
+        gamma: exponent of the noise against curvature.
+        regime: "flat" or "sharp".
+
+    Returns:
+        psi.
+
+    Raises:
+        DataError: unknown regime.
+
+    >>> variance_exponent([1.0, 1.5], "flat"), variance_exponent([1.0, 1.5], "sharp")
+    (array([2., 3.]), array([0., 1.]))
+    """
+    if regime not in ("flat", "sharp"):
+        raise DataError(f"regime is {regime!r}", expected="'flat' or 'sharp'")
+    return 2 * (finite(gamma, "gamma") - (regime == "sharp"))
+
+
+def noise_exponent(psi: ArrayLike, regime: Regime) -> Array:
+    """Inverse of :func:`variance_exponent`.
+
+    >>> float(noise_exponent(2.0, "flat").round(2))
+    1.0
+    """
+    if regime not in ("flat", "sharp"):
+        raise DataError(f"regime is {regime!r}", expected="'flat' or 'sharp'")
+    return finite(psi, "psi") / 2 + (regime == "sharp")
+
+
+def random_walk_pca(steps: int) -> Array:
+    r"""Share of each principal component in the variance of an isotropic random walk: the null of every PCA.
+
+    :math:`\sigma_k^2\propto1/(4\sin^2(\pi k/2T))`, k = 1 ... T-1, exact for T rows in many dimensions (eigenvalues of
+    the centred Gram matrix, the pseudo-inverse of a path's Laplacian; the limit 1/k^2 is that of Antognini &
+    Sohl-Dickstein 2018).
+
+    Args:
+        steps: number of rows T.
+
+    Returns:
+        Shares that sum to one, largest first, [T - 1].
+
+    Raises:
+        TooShortError: fewer than 2 rows.
+
+    >>> shares = random_walk_pca(1000)
+    >>> shares[:3].round(3)
+    array([0.608, 0.152, 0.068])
+    """
+    if steps < 2:
+        raise TooShortError(f"{steps} row(s) have no principal component", expected="at least 2 rows")
+    values = 1 / (4 * np.sin(np.pi * np.arange(1, steps) / (2 * steps)) ** 2)
+    return values / ((steps**2 - 1) / 6)

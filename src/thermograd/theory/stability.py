@@ -1,0 +1,132 @@
+r"""How large a curvature, and how many directions, SGD can hold: mean and mean-square stability."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import DataError, NotAvailableError, UnstableError
+from ..hyperparameters import SGD
+from .arrays import finite
+from .covariance import _responses
+
+__all__ = ["gaussian_gain", "largest_dimension", "largest_stable_curvature", "mean_square_gain"]
+
+
+def largest_stable_curvature(sgd: SGD) -> float:
+    r"""Curvature at which the mean diverges: :math:`2(1+\beta)/\eta-\lambda`, the edge of stability.
+
+    Nesterov as torch does it: :math:`\frac{2(1+\beta)}{\eta(1+2\beta)}-\lambda`. With dampening
+    :math:`\eta\to\eta(1-\tau)`.
+
+    Args:
+        sgd: hyperparameters.
+
+    Returns:
+        The largest stable eigenvalue of the Hessian without weight decay.
+
+    >>> round(largest_stable_curvature(SGD(lr=0.1, momentum=0.9)), 6)
+    38.0
+    """
+    bound = 2 * (1 + sgd.momentum) / (1 + 2 * sgd.momentum if sgd.nesterov else 1)
+    return bound / (sgd.lr * (1 - sgd.dampening)) - sgd.weight_decay
+
+
+def gaussian_gain(sgd: SGD, curvature: ArrayLike) -> float:
+    r"""Gain of the noise on itself for Gaussian linear regression; the mean square is stable when it is below 1.
+
+    :math:`\frac1B\mathrm{Tr}[\eta A\,G^{-1}]`, :math:`G=2(1-\beta)-\big(\frac{1-\beta}{1+\beta}+\frac1B\big)\eta A`
+    (from Ziyin et al. 2022, arXiv 2102.05375, Theorem 2): fresh inputs with covariance A, heavy ball, no weight decay.
+
+    Args:
+        sgd: hyperparameters with a batch size.
+        curvature: eigenvalues of A, [n].
+
+    Returns:
+        The gain; infinite when a single direction is already unstable.
+
+    Raises:
+        NotAvailableError: Nesterov, dampening or weight decay.
+
+    >>> round(gaussian_gain(SGD(lr=0.1, batch_size=1), [1.0] * 18), 6)
+    1.0
+    """
+    if sgd.nesterov or sgd.dampening or sgd.weight_decay:
+        raise NotAvailableError("the Gaussian bound is for plain heavy ball", remedy="use mean_square_gain with data")
+    a = sgd.lr * np.atleast_1d(finite(curvature, "curvature"))
+    beta, batch = sgd.momentum, sgd._needed("batch_size")
+    g = 2 * (1 - beta) - ((1 - beta) / (1 + beta) + 1 / batch) * a
+    return float("inf") if np.any(g <= 0) else float((a / g).sum() / batch)
+
+
+def largest_dimension(sgd: SGD, curvature: float) -> float:
+    r"""Number of equal directions that Gaussian linear regression can hold in mean square.
+
+    No momentum: :math:`d<\frac{2B}{\eta h}-B-1`, to be compared with :math:`2(\frac{B}{\eta h}+1)` of the continuous
+    theory (:func:`thermograd.theory.power_law.critical_dimension`). From :func:`gaussian_gain` = 1.
+
+    Args:
+        sgd: hyperparameters with a batch size.
+        curvature: h > 0, the same in all directions.
+
+    Returns:
+        The bound; zero or less when not even one direction is stable.
+
+    Raises:
+        DataError: a curvature that is not positive.
+        NotAvailableError: Nesterov, dampening or weight decay.
+
+    >>> round(largest_dimension(SGD(lr=0.1, batch_size=1), 1.0), 6)
+    18.0
+    """
+    if not float(finite(curvature, "curvature")) > 0:
+        raise DataError(f"the curvature is {curvature}", expected="a number > 0")
+    gain = gaussian_gain(sgd, [curvature])
+    return 0.0 if gain == float("inf") else 1 / gain
+
+
+def mean_square_gain(sgd: SGD, X: ArrayLike, *, iterations: int = 2000, rtol: float = 1e-10) -> float:
+    r"""Gain of the noise on itself for linear regression on these data, sampled with replacement; exact.
+
+    Largest eigenvalue of :math:`C\mapsto\frac1B[\frac1N\sum_ix_ix_i^TP_\theta(C)x_ix_i^T-HP_\theta(C)H]`, with
+    :math:`P_\theta(C)` the stationary covariance under noise C; stable in mean square when below 1 (derived).
+
+    Args:
+        sgd: hyperparameters with a batch size.
+        X: inputs, [N, d].
+        iterations: of the power method, at most.
+        rtol: relative change at which it stops.
+
+    Returns:
+        The gain; infinite when already the mean diverges.
+
+    Raises:
+        DataError: X is not a matrix.
+
+    >>> X = np.array([[1.0], [2.0]])
+    >>> round(mean_square_gain(SGD(lr=0.4, batch_size=1, sampling="replacement"), X), 4)
+    0.36
+    """
+    inputs = finite(X, "X")
+    if inputs.ndim != 2:
+        raise DataError(f"X has shape {inputs.shape}", expected="[N, d]")
+    size, batch = len(inputs), sgd._needed("batch_size")
+    curvature, basis = np.linalg.eigh(inputs.T @ inputs / size)
+    keep = curvature > 1e-12 * curvature.max()  # a flat direction has no noise either
+    curvature, x = curvature[keep], inputs @ basis[:, keep]
+    try:
+        response = _responses(sgd.replace(sampling="replacement"), curvature)[0] / batch
+    except UnstableError:
+        return float("inf")
+    noise, gain = np.diag(curvature) / np.linalg.norm(curvature), 0.0
+    for _ in range(iterations):
+        spread = response * noise
+        square = np.einsum("ni,ij,nj->n", x, spread, x, optimize=True)
+        driven = (x * square[:, None]).T @ x / size - curvature[:, None] * spread * curvature
+        new = float(np.linalg.norm(driven))
+        if new == 0:
+            return 0.0
+        noise, old, gain = driven / new, gain, new
+        if abs(new - old) <= rtol * new:
+            break
+    return gain
