@@ -11,6 +11,7 @@ from __future__ import annotations
 from .curvature import GaussNewton, Hessian, gauss_newton, hessian
 from .dimension import EffectiveDimension, SubspaceOverlap, effective_dimension, subspace_overlap
 from .estimators import Diagonal, Estimate, SpectralDensity, diagonal, spectral_density, trace, trace_of_square
+from .flatness import Flatness, LossProfile, flatness, loss_along
 from .operators import MatrixOperator, Operator, as_operator
 from .spectrum import Eigenpairs, all_eigenpairs, eigenpairs
 
@@ -19,8 +20,10 @@ __all__ = [
     "EffectiveDimension",
     "Eigenpairs",
     "Estimate",
+    "Flatness",
     "GaussNewton",
     "Hessian",
+    "LossProfile",
     "MatrixOperator",
     "Operator",
     "SpectralDensity",
@@ -30,8 +33,10 @@ __all__ = [
     "diagonal",
     "effective_dimension",
     "eigenpairs",
+    "flatness",
     "gauss_newton",
     "hessian",
+    "loss_along",
     "spectral_density",
     "subspace_overlap",
     "trace",

@@ -233,7 +233,8 @@ def spectral_density(
     r"""Density of eigenvalues by stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017).
 
     .. math::
-        \rho(a) = \frac1P \sum_i \delta(a - a_i) \approx \Big\langle \sum_j w_j\, \delta(a - t_j) \Big\rangle_\mathrm{probes}
+        \rho(a) = \frac1P \sum_i \delta(a - a_i) \approx
+            \Big\langle \sum_j w_j\, \delta(a - t_j) \Big\rangle_\mathrm{probes}
 
     with Ritz values t and weights w (squared first components) of Lanczos from random vectors, fully
     reorthogonalised, broadened by a Gaussian. When P <= probes * steps the eigenvalues themselves are cheaper and

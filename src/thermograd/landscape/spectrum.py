@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,9 +47,9 @@ class Eigenpairs(Measurement):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Absolute eigenvalues against rank, on a logarithmic scale; negative ones as open circles."""
         ax = new_axes(ax)
-        values = self.eigenvalues.detach().cpu()
-        values = values[values.abs().argsort(descending=True)].numpy()
-        rank = torch.arange(1, len(values) + 1).numpy()
+        values = np.asarray(self)
+        values = values[np.argsort(-np.abs(values))]
+        rank = np.arange(1, len(values) + 1)
         ax.semilogy(rank[values > 0], values[values > 0], "o", label="positive")
         if (values < 0).any():
             ax.semilogy(rank[values < 0], -values[values < 0], "o", mfc="none", label="negative (absolute value)")
@@ -357,13 +358,8 @@ class _Lanczos:
         if interrupted:
             if not bool(good.any()):
                 raise KeyboardInterrupt
-            result = Eigenpairs(
-                result.eigenvalues[good],
-                result.eigenvectors[:, good],
-                result.residuals[good],
-                good[good],
-                self.products,
-            )
+            kept = (result.eigenvalues[good], result.eigenvectors[:, good], result.residuals[good], good[good])
+            result = Eigenpairs(*kept, self.products)
             _warn(f"interrupted: {int(good.sum())} of {self.k} eigenpairs had converged and are returned")
         elif not bool(good.all()) or len(good) < self.k:
             _warn(
