@@ -7,7 +7,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,8 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         given |= {"momentum": wanted.momentum, "nesterov": wanted.nesterov, "dampening": wanted.dampening}
     elif not wanted.weight_decay:
         del given["weight_decay"]  # not every optimizer has it
+    if wanted.is_sgd and config.run.device == "cpu":
+        given["fused"] = True  # the same update in one call: half the time of a small network's step
     given |= {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.arguments.items()}
     _check_arguments("optimizer", kind, {"params": [], **given})
     try:
@@ -198,10 +200,10 @@ def _scheduler(config: Config, optimizer: torch.optim.Optimizer) -> torch.optim.
 
 
 @contextlib.contextmanager
-def _importable(folders: Iterable[str]) -> Iterator[None]:
-    """Let modules beside the configuration and in the current folder be imported."""
+def _importable(folders: Sequence[str]) -> Iterator[None]:
+    """Let modules beside the configuration and in the current folder be imported, if anything is to be imported."""
     before = list(sys.path)
-    sys.path[:0] = [*folders, str(Path.cwd())]
+    sys.path[:0] = [*folders, str(Path.cwd())] if folders else []
     try:
         yield
     finally:
@@ -278,7 +280,7 @@ def _check_arguments(section: str, function: Callable[..., Any], arguments: Mapp
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in callables have no signature
         return
-    called = getattr(function, "__name__", str(function))
+    called = getattr(function, "__name__", str(function)).replace("<lambda>", "none: ")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for name in arguments:
         if name not in signature.parameters and not takes_any:

@@ -153,7 +153,8 @@ class MeasureConfig(_Section):
     laws: Literal["all"] | list[str] = Field(default="all", description='"all" or names from `thermograd laws`')
     modes: int | None = Field(default=None, ge=1, description="leading Hessian modes measured")
     dtype: _Dtype = Field(default="float64", description="precision of the measurements")
-    samples: int | None = Field(default=None, ge=1, description="samples measured on; without it, all")
+    window_epochs: int | None = Field(default=None, ge=1, description="epochs in a window of the path")
+    seed: _Seed = Field(default=0, description="of every random draw of the measurements")
 
 
 class Config(_Section):
@@ -227,8 +228,8 @@ class Config(_Section):
 def load(path: str | os.PathLike[str]) -> Config:
     """Read and check a configuration file.
 
-    ``data.folder`` and ``run.path`` are taken relative to the file; the file's own folder is searched for user
-    modules too.
+    ``data.folder`` and ``run.path`` are taken relative to the file; user modules are looked for in the file's own
+    folder too.
 
     Raises:
         ConfigError: the file is absent or not TOML (with line and column), or a key or a value is wrong.
@@ -252,7 +253,9 @@ def load(path: str | os.PathLike[str]) -> Config:
     config = Config.from_dict(values, str(path))
     here = path.absolute().parent
     folders = [str((here / Path(p).expanduser()).resolve()) for p in config.run.path]
-    config = config.replace("run", path=folders if str(here) in folders else [*folders, str(here)])
+    if any(":" in part.name for part in (config.model, config.data, config.loss)) and str(here) not in folders:
+        folders.append(str(here))
+    config = config.replace("run", path=folders)
     is_table = ":" not in config.data.name and config.data.name.lower().endswith((".csv", ".csv.gz"))
     if config.data.folder is not None or is_table:
         config = config.replace("data", folder=str((here / Path(config.data.folder or ".").expanduser()).resolve()))

@@ -34,7 +34,9 @@ def test_defaults_and_paths(tmp_path: Path) -> None:
     text = MINIMAL.replace('name = "digits"', 'name = "mnist"\nfolder = "../data"')
     config = load(write(tmp_path, text))
     assert config.data.folder == str((tmp_path / "../data").resolve())
-    assert config.run.path == [str(tmp_path)]
+    assert config.run.path == []
+    own = load(write(tmp_path, text.replace('"linear"', '"mine:network"')))
+    assert own.run.path == [str(tmp_path)]  # modules beside the file are found
     assert config.run.out == "runs/experiment"
     assert config.run.seed == 0
     assert config.loss.name == "cross_entropy"

@@ -1,0 +1,265 @@
+"""The command line. Heavy imports wait until a command needs them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+
+from . import __version__
+from .errors import InputError, StoreError, ThermogradError, ThermogradWarning
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .laws import LawSheet
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="thermograd",
+    help="Measure and predict the statistical physics of SGD training.",
+    epilog="Start with: thermograd demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(), Console(stderr=True)
+_DEMO = Path(__file__).with_name("demo.toml")
+_settings = {"debug": False}
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.")]
+Laws = Annotated[list[str] | None, typer.Option("--law", help="Check this law only; may be repeated.")]
+
+
+def _explained(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a command raises into one paragraph and an exit code: 2 for bad input, 1 otherwise, 130 on Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **keywords: Any) -> None:
+        try:
+            with _shown_warnings():
+                command(*args, **keywords)
+        except KeyboardInterrupt as interrupt:
+            _fail(str(interrupt) or "Interrupted.", 130)
+        except ThermogradError as error:
+            _fail(str(error), 2 if isinstance(error, InputError | StoreError) else 1, label="Error: ")
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:  # a defect: still one paragraph, and a way to the traceback
+            _fail(
+                f"{type(error).__name__}: {error}. This should not happen; please report it with the output of the "
+                "same command with --debug.",
+                1,
+                label="Unexpected error: ",
+            )
+
+    return wrapped
+
+
+def _fail(message: str, code: int, label: str = "") -> NoReturn:
+    if _settings["debug"]:
+        traceback.print_exc()
+    err.print(f"[bold red]{label}[/]{escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """Show our own warnings as one line each; keep those of the libraries below to ourselves unless debugging."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **_: Any) -> None:
+        if issubclass(category, ThermogradWarning):
+            err.print(f"[yellow]Warning: [/]{escape(str(message))}", highlight=False, soft_wrap=True)
+        elif _settings["debug"]:
+            err.print(warnings.formatwarning(message, category, *place[:2]), highlight=False)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"thermograd {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    _settings["debug"] = debug
+
+
+@app.command(epilog="Example: thermograd demo --out runs/demo --seed 1")
+@_explained
+def demo(
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and minibatches: same seed, same numbers.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, with wider error bars.")] = False,
+) -> None:
+    """Train a network on handwritten digits, check every law, write a report."""
+    _say("[bold]thermograd demo[/]: a small network on 1500 handwritten digits, trained until it fluctuates")
+    _say("around a standstill, then measured and held against the theory. This takes one to three minutes.")
+    from . import config as configuration
+
+    config = configuration.load(_DEMO).replace("run", seed=seed)
+    if quick:
+        config = config.replace("training", burn_in_steps=1000, steps=3000)
+    _run(config, out_folder, overwrite=_is_other_demo(out_folder, config), again=f"thermograd demo --out {out_folder}")
+
+
+@app.command(epilog="Example: thermograd run examples/fashion_mnist_mlp.toml --out runs/fashion")
+@_explained
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration in TOML.")],
+    out_folder: Out = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
+) -> None:
+    """Train and record what CONFIG says, then check the laws.
+
+    An interrupted run is resumed by the same command, to the same numbers as without the interruption.
+    """
+    from . import config as configuration
+
+    settings = configuration.load(config)
+    folder = out_folder or Path(settings.run.out or "runs/run")
+    again = f"thermograd run {config}" + (f" --out {out_folder}" if out_folder else "")
+    _run(settings, folder, overwrite=overwrite, again=again)
+
+
+@app.command(epilog="Example: thermograd check runs/demo --law weight_variance")
+@_explained
+def check(
+    path: RunFolder,
+    law: Laws = None,
+    modes: Annotated[int | None, typer.Option(min=1, help="Leading Hessian modes to look at.")] = None,
+) -> None:
+    """Measure a run made by `thermograd run` and hold the laws against it."""
+    from . import config as configuration
+    from .runfolder import CONFIG, rebuild
+
+    _known_laws(law)
+    problem = rebuild(path)
+    settings = configuration.load(path / CONFIG)
+    changes: dict[str, Any] = ({"laws": law} if law else {}) | ({"modes": modes} if modes else {})
+    _check(settings.replace("measure", **changes), path, problem)
+
+
+@app.command(epilog="Example: thermograd report runs/demo")
+@_explained
+def report(paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]) -> None:
+    """Write report.html anew from the law sheets that runs hold; nothing is measured."""
+    from .laws import LawSheet
+
+    for path in paths:
+        _write_report(LawSheet.load(path), path)
+
+
+@app.command(epilog="Example: thermograd laws weight_variance")
+@_explained
+def laws(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[LAW]...", help="Show these only.")] = None,
+) -> None:
+    """List the laws: name, statement, source."""
+    from .laws import catalogue, find
+
+    for law in [find(name) for name in names] if names else catalogue():
+        _say(f"[bold cyan]{law.name}[/]  [bold]{escape(law.title)}[/]")
+        out.print(Padding(escape(law.statement), (0, 0, 0, 4)), highlight=False)
+        out.print(Padding(f"[dim]{escape(law.source)}[/]", (0, 0, 1, 4)), highlight=False)
+
+
+# ---------------------------------------------------------------------- what the commands share
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False, soft_wrap=True)
+
+
+def _run(config: Config, folder: Path, *, overwrite: bool, again: str) -> None:
+    _known_laws(None if config.measure.laws == "all" else config.measure.laws)
+    from .training import is_complete, rebuild, train
+
+    if not overwrite and is_complete(folder):
+        _say(f"{escape(str(folder))} is trained already; measuring it again.")
+    try:
+        train(config, folder, overwrite=overwrite)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted; what was trained is kept. Resume with: {again}") from None
+    if config.measure.laws == []:
+        _say(f"Recorded in {escape(str(folder))}. The configuration asks for no laws.")
+        return
+    try:
+        _check(config, folder, rebuild(folder))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted; the training is complete. Measure with: {_again(folder)}") from None
+
+
+def _again(folder: Path) -> str:
+    return f"thermograd check {folder}"
+
+
+def _check(config: Config, folder: Path, problem: Any) -> None:
+    from .laws import check as check_laws
+
+    wanted = config.measure
+    options = {k: getattr(wanted, k) for k in ("modes", "window_epochs") if getattr(wanted, k) is not None}
+    sheet = check_laws(folder, problem, laws=wanted.laws, seed=wanted.seed, **options)
+    out.print()
+    out.print(sheet)
+    _write_report(sheet, folder)
+
+
+def _write_report(sheet: LawSheet, folder: Path) -> None:
+    target = sheet.to_html(folder / "report.html")
+    _say(f"\nReport: [bold]{escape(str(target))}[/] (one file; open it in a browser)")
+
+
+def _known_laws(names: list[str] | None) -> None:
+    """Refuse an unknown law before hours of training, not after."""
+    from .laws import find
+
+    for name in names or []:
+        find(name)
+
+
+def _is_other_demo(folder: Path, config: Config) -> bool:
+    """Whether the folder holds a finished demo, or a demo of another seed or length: that may be replaced."""
+    from . import config as configuration
+    from .runfolder import CONFIG, is_complete
+
+    if not (folder / CONFIG).is_file():
+        return False
+    present = configuration.load(folder / CONFIG)
+    if present.trains_like(config):
+        return is_complete(folder)
+    steps = {"burn_in_steps": present.training.burn_in_steps, "steps": present.training.steps}
+    return config.replace("run", seed=present.run.seed).replace("training", **steps).trains_like(present)
+
+
+def main() -> None:
+    """Entry point of the ``thermograd`` command; ``--debug`` may stand anywhere."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    app(args=arguments, prog_name="thermograd")
+
+
+if __name__ == "__main__":
+    main()
