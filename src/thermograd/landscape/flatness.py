@@ -134,7 +134,8 @@ def flatness(
 ) -> Flatness:
     r"""Flatness of the loss along directions (Feng & Tu 2021).
 
-    .. math:: F_i = \theta_r - \theta_l, \qquad L(\theta + \theta_{l,r}\, p_i) = e\, L(\theta), \quad \theta_l < 0 < \theta_r
+    .. math::
+        F_i = \theta_r - \theta_l, \qquad L(\theta + \theta_{l,r}\, p_i) = e\, L(\theta), \quad \theta_l < 0 < \theta_r
 
     with the nearest crossings on either side, over the whole data set. For a parabola
     :math:`F_i = \sqrt{8(e-1) L_0 / h_i}`. Two small probes give the curvature and with it a first step of a tenth

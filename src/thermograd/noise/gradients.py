@@ -1,0 +1,73 @@
+"""Per-sample gradients in blocks, and their products with directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, NonFiniteError
+from ..landscape.displaced import as_directions
+from ..problem import Problem
+from ..progress import bar
+
+__all__ = ["gradient_blocks", "losses_and_slopes", "projections", "sample_index", "subsample"]
+
+
+def sample_index(problem: Problem, index: Any) -> Tensor:
+    """The chosen samples as one vector of indices."""
+    return torch.cat(problem._blocks(index))
+
+
+def subsample(problem: Problem, index: Any, n: int | None, seed: int) -> Tensor:
+    """``n`` of the chosen samples without replacement, in order; all of them when n is None or larger."""
+    chosen = sample_index(problem, index)
+    if n is None or n >= len(chosen):
+        return chosen
+    if n < 2:
+        raise InputError(f"n is {n}", expected="at least 2 samples")
+    picked = np.random.default_rng(seed).choice(len(chosen), size=int(n), replace=False)
+    return chosen[torch.as_tensor(np.sort(picked))]
+
+
+def gradient_blocks(problem: Problem, theta: Tensor, index: Any, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of sample indices with their gradients ``[b, P]``, as memory allows."""
+    chosen = sample_index(problem, index)
+    with bar(description, len(chosen)) as progress:
+        for block in chosen.split(problem.gradient_chunk):
+            yield block, problem.sample_gradients(theta, block)
+            progress.advance(len(block))
+
+
+def projections(problem: Problem, directions: Any, theta: Any = None, index: Any = None) -> Tensor:
+    """Per-sample gradients along directions, ``[n, k]``: the derivative of each sample's loss along each."""
+    theta, columns = problem.as_theta(theta), as_directions(problem, directions)
+    blocks = gradient_blocks(problem, theta, index, "gradients along directions")
+    return torch.cat([gradients @ columns for _, gradients in blocks])
+
+
+def losses_and_slopes(problem: Problem, theta: Tensor, block: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample losses ``[b]`` and their derivatives along one direction ``[b]``, by differentiating twice backwards.
+
+    The gradient of the sum of u_i l_i is linear in u; pulling the direction back through it gives the slopes.
+
+    Raises:
+        NonFiniteError: a loss is not finite; the message names the first such sample.
+    """
+    leaf = theta.clone().requires_grad_()
+    losses = problem.differentiable_sample_losses(leaf, block)  # [b]
+    bad = (~torch.isfinite(losses.detach())).nonzero().flatten()
+    if len(bad):
+        raise NonFiniteError(
+            f"the loss of sample {int(block[bad[0]])} is {float(losses[bad[0]])} at displaced weights",
+            remedy="use smaller offsets",
+        )
+    if not losses.requires_grad:
+        return losses, torch.zeros_like(losses)
+    weights = torch.ones_like(losses).requires_grad_()
+    (gradient,) = torch.autograd.grad(losses, leaf, weights, create_graph=True, materialize_grads=True)
+    (slopes,) = torch.autograd.grad(gradient, weights, direction, materialize_grads=True)
+    return losses.detach(), slopes
