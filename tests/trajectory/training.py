@@ -1,8 +1,12 @@
-"""A small training that the recorder's tests share; run as a script it trains until it is killed."""
+"""A small training that the recorder's tests share; run as a script it records and is killed, again and again."""
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,9 +49,35 @@ def train(model: nn.Module, optimizer: Any, steps: int | None, order: Iterator[t
     return losses
 
 
+def record_until_killed(folder: str, acknowledged: str) -> None:
+    """Train and flush without end; each flushed step is noted in a file by one atomic write."""
+    model, problem, optimizer = setting()
+    log = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    order = batches()
+    with tg.Recorder(folder, problem, optimizer, flush_seconds=1e9) as recorder:
+        while True:
+            train(model, optimizer, 3, order)
+            recorder.flush()
+            os.write(log, f"{recorder.step}\n".encode())
+
+
+def kill_again_and_again(folder: str, rounds: int, seed: int) -> None:
+    """Fork recorders and kill each with SIGKILL after a random time; four folders, used in turn."""
+    moments = random.Random(seed)
+    setting()  # imports happen once, before the forks
+    for turn in range(rounds):
+        child = os.fork()
+        if child == 0:
+            record_until_killed(f"{folder}/run{turn % 4}", f"{folder}/acknowledged{turn}")
+        log = f"{folder}/acknowledged{turn}"
+        # every third time the kill may come while the store is still being made
+        while not os.path.exists(log) or (turn % 3 and not os.path.getsize(log)):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 if __name__ == "__main__":
-    the_model, the_problem, the_optimizer = setting()
-    with tg.Recorder(sys.argv[1], the_problem, the_optimizer, flush_seconds=0.02) as recorder:
-        print("recording", flush=True)
-        for _ in iter(int, 1):
-            train(the_model, the_optimizer, 20, batches(recorder.step))
+    torch.set_num_threads(1)
+    kill_again_and_again(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

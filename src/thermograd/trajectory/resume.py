@@ -67,7 +67,7 @@ def _at_step(
         row = int(found[-1])
         if recorded < start_step or _same(store.read("theta", row, row + 1)[0], theta):
             return Start(start_step, int(segments[row]), row + 1)
-    elif recorded == 0 and int(segments[-1]) == 0 and (start_step or _same(store.read("theta_initial", 0), theta)):
+    elif recorded == 0 and int(segments[-1]) == 0 and (start_step or _same(store.theta_initial, theta)):
         return Start(start_step, 0, 0)
     fresh = int(segments.max()) + 1
     gap = (
@@ -86,7 +86,7 @@ def _find_row(store: TrajectoryStore, theta: np.ndarray, block: int | None = Non
         hits = np.flatnonzero((rows == theta).all(axis=1))
         if len(hits):
             return start + int(hits[-1])
-    return -1 if _same(store.read("theta_initial", 0), theta) else None
+    return -1 if _same(store.theta_initial, theta) else None
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -215,6 +215,11 @@ class TrajectoryStore:
         if rows < self.rows:
             self._commit(rows=rows, **attrs)
 
+    @property
+    def theta_initial(self) -> np.ndarray:
+        """Weights before the first step, [P]."""
+        return np.asarray(self._arrays["theta_initial"][:])
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Committed rows of one array."""
         stop = self.rows if stop is None else min(stop, self.rows)
