@@ -107,7 +107,7 @@ class Samples:
             part = leaf[index.to(leaf.device) if isinstance(index, Tensor) else index].to(device)
             return part.to(dtype) if part.is_floating_point() else part
 
-        return tree_map(pick, self.inputs), tree_map(pick, self.targets)
+        return tree_map(pick, self.inputs), None if self.targets is None else tree_map(pick, self.targets)
 
 
 def _check_finite(leaf: Tensor, name: str) -> None:

@@ -1,0 +1,357 @@
+"""What the laws need of a run, each thing measured once and kept."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import InputError, StoreError, TooShortError
+from ..hyperparameters import SGD
+from ..progress import track
+from .law import Assumption
+
+if TYPE_CHECKING:
+    import xarray
+
+    from ..problem import Problem
+
+__all__ = ["Evidence"]
+
+Array = NDArray[np.float64]
+
+_DENSE = 1500  # up to this many weights the whole Hessian is decomposed
+_GRADIENT_SAMPLES = 4096  # more samples than this are subsampled where every sample's gradient is needed
+
+
+class Evidence:
+    """Measurements of one run that several laws share, each made on first use.
+
+    The point at which landscape and noise are measured is the mean of the recorded weights. Variances of the path
+    are taken in windows of whole epochs, with a straight line removed from each: a slow drift then does not count
+    as a fluctuation, and the windows give the error bars.
+
+    Args:
+        run: a run's folder or its open tree.
+        problem: the network, loss and data that the run was made with.
+        sgd: the hyperparameters, when the run does not know them (all).
+        modes: how many of the sharpest Hessian modes the per-mode laws look at.
+        window_epochs: length of a window in epochs.
+        noise_points: at how many recorded weights the gradient noise is measured and averaged.
+        seed: of every random draw.
+
+    Raises:
+        StoreError: the run has no recorded trajectory.
+        InputError: the run and the problem have different numbers of weights.
+    """
+
+    def __init__(
+        self,
+        run: Any,
+        problem: Problem,
+        *,
+        sgd: SGD | None = None,
+        modes: int = 150,
+        window_epochs: int = 10,
+        noise_points: int = 8,
+        seed: int = 0,
+    ):
+        from ..trajectory import open_run
+
+        self.run: xarray.DataTree = open_run(run)
+        if "trajectory" not in self.run.children:
+            raise StoreError("the run has no recorded trajectory", remedy="record one with thermograd.Recorder")
+        self.problem, self.seed = problem, seed
+        self.max_modes, self.window_epochs, self.noise_points = modes, window_epochs, noise_points
+        recorded = self.run["trajectory"].dataset
+        segment = np.asarray(recorded["segment"])
+        self.rows = recorded.isel(step=slice(int(np.argmax(segment == segment[-1])) if len(segment) else 0, None))
+        self.steps = np.asarray(self.rows["step"], dtype=np.int64)  # [T]
+        if len(self.steps) < 2:
+            raise TooShortError("the run has fewer than two recorded steps", remedy="record more steps")
+        if self.rows.sizes["weight"] != problem.P:
+            raise InputError(
+                f"the run holds {self.rows.sizes['weight']} weights and the problem {problem.P}",
+                expected="the problem that the run was recorded with",
+                remedy="build the problem with the same model and the same params=",
+            )
+        self._given = sgd
+
+    # ------------------------------------------------------------------ how the run was made
+
+    @property
+    def optimizer(self) -> str:
+        """Kind of the optimizer, such as ``"SGD"``."""
+        return str(self.rows.attrs.get("optimizer", "unknown"))
+
+    @cached_property
+    def recorded_sgd(self) -> dict[str, Any]:
+        """The hyperparameters that the recorder noted; batch size and sampling may be None."""
+        noted = self.rows.attrs.get("sgd")
+        return (json.loads(noted) if isinstance(noted, str) else dict(noted or {})) or {}
+
+    @cached_property
+    def sgd(self) -> SGD:
+        """The hyperparameters: those given, else those recorded. Check :meth:`requires_sgd` first."""
+        if self._given is not None:
+            return self._given
+        known = {k: v for k, v in self.recorded_sgd.items() if v is not None}
+        return SGD.from_dict(known)
+
+    def requires_sgd(self) -> list[Assumption]:
+        """Assumptions about how the run was made: SGD, constant hyperparameters, known batches, every step."""
+        noted = self._given.to_dict() if self._given else self.recorded_sgd
+        rates = np.asarray(self.rows["learning_rate"], dtype=float)
+        gaps = np.diff(self.steps)
+        is_sgd = self._given is not None or (self.optimizer == "SGD" and noted.get("lr") is not None)
+        batches = bool(noted.get("batch_size") and noted.get("dataset_size") and noted.get("sampling"))
+        missing = ", ".join(k for k in ("batch_size", "dataset_size", "sampling") if not noted.get(k))
+        return [
+            Assumption("needs SGD", is_sgd, f"the optimizer is {self.optimizer}"),
+            Assumption(
+                "needs batch size and sampling scheme",
+                batches,
+                f"{noted.get('batch_size')} of {noted.get('dataset_size')}, {noted.get('sampling')}"
+                if batches
+                else f"unknown: {missing}; pass check(..., sgd=SGD(...))",
+            ),
+            Assumption(
+                "needs one learning rate",
+                bool(np.ptp(rates) <= 1e-9 * rates.max()),
+                f"{rates.min():g} to {rates.max():g}" if np.ptp(rates) else f"{rates[0]:g}",
+            ),
+            Assumption("needs every step recorded", bool(np.all(gaps == 1)), f"gaps of {gaps.min()} to {gaps.max()}"),
+        ]
+
+    def requires_windows(self, least: int = 4) -> Assumption:
+        """Enough windows for an error bar."""
+        return Assumption(
+            f"needs {least} windows",
+            self.windows >= least,
+            f"{self.windows} windows of {self.window} steps in {len(self.steps)} recorded steps",
+        )
+
+    def requires_stability(self) -> Assumption:
+        """The largest curvature is below the stability bound, so that a stationary state can exist."""
+        bound = 2 * (1 + self.sgd.momentum) / self.sgd.lr
+        top = float(self.curvature[0]) + self.sgd.weight_decay if len(self.curvature) else 0.0
+        return Assumption("stable", top < bound, f"largest curvature {top:.3g}, bound {bound:.3g}")
+
+    # ------------------------------------------------------------------ windows of the path
+
+    @cached_property
+    def window(self) -> int:
+        """Steps in a window: whole epochs, at most a quarter of the record."""
+        epoch = self.sgd.steps_per_epoch
+        whole = max(1, min(self.window_epochs, int(len(self.steps) / 4 / epoch)))
+        steps = round(whole * epoch)
+        return steps if 4 * steps <= len(self.steps) else max(8, len(self.steps) // 4)
+
+    @property
+    def windows(self) -> int:
+        """How many whole windows the record holds."""
+        return len(self.steps) // self.window
+
+    @cached_property
+    def centre(self) -> torch.Tensor:
+        """Mean of the recorded weights, [P]: the point where landscape and noise are measured."""
+        total = np.zeros(self.problem.P)
+        for block in self._blocks("theta", "averaging the weights"):
+            total += block.sum(0, dtype=np.float64)
+        return self.problem.as_theta(total / len(self.steps))
+
+    def _blocks(self, name: str, doing: str) -> Any:
+        """Blocks [t, P] of a recorded quantity, as float64, refusing what is not finite."""
+        size = max(1, 2**24 // self.problem.P)
+        starts = range(0, len(self.steps), size)
+        for start in track(starts, doing):
+            block = np.asarray(self.rows[name][start : start + size], dtype=np.float64)
+            if not np.isfinite(block).all():
+                from ..errors import DivergedError
+
+                row = int(np.argmax(~np.isfinite(block).all(1)))
+                raise DivergedError(
+                    f"{name} is not finite from step {self.steps[start + row]} on",
+                    remedy="lower the learning rate, or check only the part before it",
+                )
+            yield block
+
+    @cached_property
+    def _moments(self) -> tuple[Array, Array, Array]:
+        """Projections of weights and velocities on the modes [T, k], and squared speed [T]."""
+        vectors = self.vectors.cpu().numpy()
+        centre = self.centre.cpu().numpy()
+        weights = [(b - centre) @ vectors for b in self._blocks("theta", "projecting the weights")]
+        speeds, squares = [], []
+        for block in self._blocks("velocity", "projecting the velocities"):
+            speeds.append(block @ vectors)
+            squares.append(np.einsum("tp,tp->t", block, block))
+        return np.concatenate(weights), np.concatenate(speeds), np.concatenate(squares)
+
+    @property
+    def weights_along(self) -> Array:
+        """Weights along the modes, relative to the centre, [T, k]."""
+        return self._moments[0]
+
+    @property
+    def velocities_along(self) -> Array:
+        """Velocities along the modes, [T, k]."""
+        return self._moments[1]
+
+    @property
+    def squared_speed(self) -> Array:
+        """Squared norm of the velocity at each recorded step, [T]."""
+        return self._moments[2]
+
+    def in_windows(self, path: Array) -> Array:
+        """Cut a path [T, ...] into windows, [windows, window, ...]."""
+        used = self.windows * self.window
+        return path[len(path) - used :].reshape(self.windows, self.window, *path.shape[1:])
+
+    @cached_property
+    def weight_variances(self) -> Array:
+        """Variance of the weights along each mode in each window, a straight line removed, [windows, k]."""
+        cut = self.in_windows(self.weights_along)
+        time = np.arange(self.window) - (self.window - 1) / 2
+        centred = cut - cut.mean(1, keepdims=True)
+        slope = np.einsum("t,wtk->wk", time, centred) / (time @ time)
+        residual = centred - time[None, :, None] * slope[:, None, :]
+        return np.mean(residual**2, axis=1)
+
+    @cached_property
+    def velocity_variances(self) -> Array:
+        """Mean squared velocity along each mode in each window, [windows, k]."""
+        return np.mean(self.in_windows(self.velocities_along) ** 2, axis=1)
+
+    @cached_property
+    def resamples(self) -> NDArray[np.int64]:
+        """Bootstrap resamples of the windows, [400, windows]."""
+        generator = np.random.default_rng([self.seed, 1])
+        return generator.integers(0, self.windows, (400, self.windows))
+
+    # ------------------------------------------------------------------ the landscape at the centre
+
+    @cached_property
+    def pairs(self) -> Any:
+        """The sharpest Hessian eigenpairs at the centre (all of them for small problems), without weight decay."""
+        from .. import landscape
+
+        hessian = landscape.hessian(self.problem, self.centre)
+        if self.problem.P <= _DENSE:
+            return landscape.all_eigenpairs(hessian)
+        return landscape.eigenpairs(hessian, k=min(self.max_modes, self.problem.P), tol=1e-4, seed=self.seed)
+
+    @cached_property
+    def curvature(self) -> Array:
+        """Hessian eigenvalues of the modes that the per-mode laws look at: the sharpest, all positive, [k]."""
+        values = self.pairs.eigenvalues.cpu().numpy()[: self.max_modes]
+        floor = 1e-6 * abs(values[0]) if len(values) else 0.0
+        return values[values > floor]
+
+    @cached_property
+    def vectors(self) -> torch.Tensor:
+        """Eigenvectors of those modes, [P, k]."""
+        return self.pairs.eigenvectors[:, : len(self.curvature)]
+
+    @cached_property
+    def spectrum(self) -> tuple[Array, Array, float]:
+        """Curvature and noise of all weights: modes one by one, and the noise left over in the rest.
+
+        Returns:
+            Curvatures [m] and minibatch noise variances [m] of every decomposed mode, negative curvatures set to
+            zero, and the noise trace that these modes leave over (in weights whose curvature is not resolved).
+        """
+        values = self.pairs.eigenvalues.cpu().numpy()
+        along = self._noise_along(self.pairs.eigenvectors).mean(0) * self.sgd.minibatch_factor
+        rest = max(0.0, self.noise_trace - float(along.sum()))
+        return np.maximum(values, 0.0), along, rest if len(values) < self.problem.P else 0.0
+
+    @cached_property
+    def loss(self) -> float:
+        """Training loss at the centre (without weight decay)."""
+        return float(self.problem.loss(self.centre))
+
+    @cached_property
+    def flatness(self) -> Any:
+        """Feng-Tu flatness along the modes."""
+        from .. import landscape
+
+        return landscape.flatness(self.problem, self.vectors, theta=self.centre)
+
+    # ------------------------------------------------------------------ the gradient noise along the path
+
+    @cached_property
+    def samples(self) -> torch.Tensor | None:
+        """Samples used where every sample's gradient is needed: all, or a random subset of large data sets."""
+        if self.problem.N <= _GRADIENT_SAMPLES:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(self.problem.N, generator=generator)[:_GRADIENT_SAMPLES]
+
+    @cached_property
+    def points(self) -> torch.Tensor:
+        """Recorded weights at evenly spaced times, at which the noise is measured, [m, P]."""
+        count = min(self.noise_points, len(self.steps))
+        rows = np.unique(np.linspace(0, len(self.steps) - 1, count + 2).round().astype(int)[1:-1])
+        return torch.as_tensor(np.asarray(self.rows["theta"][rows], dtype=np.float64))
+
+    @cached_property
+    def _noise_at_points(self) -> tuple[Array, Array]:
+        """Per-sample gradient variance along every decomposed mode [m, K], and its trace [m], at each point."""
+        vectors = self.pairs.eigenvectors
+        along, traces = [], []
+        for theta in track(self.points, "measuring the gradient noise"):
+            variance, trace = _sample_noise(self.problem, theta, vectors, self.samples)
+            along.append(variance)
+            traces.append(trace)
+        return np.array(along), np.array(traces)
+
+    def _noise_along(self, vectors: torch.Tensor) -> Array:
+        return self._noise_at_points[0][:, : vectors.shape[1]]
+
+    @cached_property
+    def sample_noise(self) -> Array:
+        """Per-sample gradient variance C_ii along the modes, at each point of the path, [m, k]."""
+        return self._noise_along(self.vectors)
+
+    @cached_property
+    def noise(self) -> Array:
+        """Variance of the minibatch gradient along the modes, averaged over the path, [k]."""
+        return self.sample_noise.mean(0) * self.sgd.minibatch_factor
+
+    @cached_property
+    def noise_trace(self) -> float:
+        """Trace of the minibatch gradient covariance, averaged over the path."""
+        return float(self._noise_at_points[1].mean()) * self.sgd.minibatch_factor
+
+    def noise_error(self, statistic: Any) -> float:
+        """Standard error of a statistic of the mode-wise noise, from resampling the points of the path."""
+        generator = np.random.default_rng([self.seed, 2])
+        count = len(self.sample_noise)
+        if count < 2:
+            return 0.0
+        draws = generator.integers(0, count, (200, count))
+        values = [statistic(self.sample_noise[draw].mean(0) * self.sgd.minibatch_factor) for draw in draws]
+        return float(np.std(values, ddof=1))
+
+
+def _sample_noise(
+    problem: Problem, theta: torch.Tensor, vectors: torch.Tensor, index: torch.Tensor | None
+) -> tuple[Array, float]:
+    """Variance over samples of the gradient along ``vectors`` [K], and its trace, without storing the gradients."""
+    total = torch.zeros(problem.P, dtype=problem.dtype)
+    along = torch.zeros(vectors.shape[1], dtype=problem.dtype)
+    square = 0.0
+    chosen = torch.arange(problem.N) if index is None else index
+    for block in chosen.split(problem.gradient_chunk):
+        gradients = problem.sample_gradients(theta, block)  # [b, P]
+        total += gradients.sum(0)
+        along += (gradients @ vectors).square().sum(0)
+        square += float(gradients.square().sum())
+    mean = total / len(chosen)
+    variance = along / len(chosen) - (mean @ vectors).square()
+    return variance.clamp(min=0).cpu().numpy(), max(0.0, square / len(chosen) - float(mean @ mean))

@@ -1,0 +1,86 @@
+"""The model-free fluctuation-dissipation relation."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from .evidence import Evidence
+from .fits import bootstrap
+from .law import Assumption, Law, Measured
+
+__all__ = ["FluctuationDissipation"]
+
+
+class FluctuationDissipation(Law):
+    """The work that gradients do against the weights balances the kinetic energy of the steps."""
+
+    name = "fluctuation_dissipation"
+    title = "Fluctuation-dissipation relation"
+    statement = (
+        "In a stationary state the mean product of weights and minibatch gradients equals the mean squared velocity "
+        "times η(1+β)/2, whatever the loss and the noise. It needs no Hessian, so it tells on any network whether "
+        "training has become stationary."
+    )
+    formula = "E[(θₖ−c)·(g_B(θₖ)+λθₖ)] = η(1+β)/2 · E‖vₖ₊₁‖²   for any constant c"
+    source = "Yaida 2018 (β = 0); with momentum derived exactly in discrete time"
+    quantity = "left / right side"
+    tolerance = 0.05
+    xlabel = "step"
+    ylabel = "left / right side in a window"
+    caveats = (
+        "An identity of stationary states: a failure says that the run still drifts, not that physics is wrong.",
+    )
+    sentences: ClassVar = {
+        "holds": "The run is stationary: what the noise puts into the weights, the gradient takes out.",
+        "fails": "The run is not stationary: the weights still drift, and laws of the steady state apply only to "
+        "what fluctuates about the drift.",
+        "undecided": "The record is too short compared with its slowest motion to tell whether it is stationary.",
+        "not in its regime": "The relation is written for SGD with a constant learning rate, recorded at every step.",
+    }
+
+    def assumptions(self, evidence: Evidence) -> list[Assumption]:
+        checks = [a for a in evidence.requires_sgd() if "batch" not in a.name]
+        if all(c.met for c in checks):
+            plain = not evidence.sgd.nesterov and evidence.sgd.dampening == 0
+            checks.append(Assumption("needs heavy-ball momentum", plain, "Nesterov or dampening" if not plain else ""))
+            enough = len(evidence.steps) >= 40
+            checks.append(Assumption("needs 40 steps", enough, f"{len(evidence.steps)} recorded"))
+        return checks
+
+    def measure(self, evidence: Evidence) -> Measured:
+        work, kinetic = self._terms(evidence)  # [T-1] each
+        scale = evidence.sgd.lr * (1 + evidence.sgd.momentum) / 2
+        blocks = min(20, max(4, len(work) // 10))
+        left = np.array([b.mean() for b in np.array_split(work, blocks)])
+        right = scale * np.array([b.mean() for b in np.array_split(kinetic, blocks)])
+        generator = np.random.default_rng([evidence.seed, 3])
+        draws = generator.integers(0, blocks, (400, blocks))
+        ratio = float(left.mean() / right.mean())
+        error = bootstrap(lambda draw: float(left[draw].mean() / right[draw].mean()), draws)
+        middle = [b.mean() for b in np.array_split(evidence.steps[1:], blocks)]
+        note = f"All {evidence.problem.P} weights, {len(work)} steps in {blocks} blocks."
+        details = {"x": np.array(middle), "measured_y": left / right.mean(), "predicted_y": np.ones(blocks)}
+        return Measured(ratio, error, blocks - 1, details, note)
+
+    def predict(self, evidence: Evidence) -> Measured:
+        return Measured(1.0)
+
+    def _terms(self, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
+        """(theta_k - c).(beta v_k - v_{k+1}) and |v_{k+1}|^2 for consecutive steps; c is the centre."""
+        centre = evidence.centre.cpu().numpy()
+        beta = evidence.sgd.momentum
+        work, kinetic = [], []
+        last_weights: np.ndarray | None = None
+        last_speed: np.ndarray | None = None
+        pairs = zip(evidence._blocks("theta", "work of the gradients"), evidence._blocks("velocity", "squared speeds"))
+        for weights, speed in pairs:
+            weights = weights - centre
+            if last_weights is not None and last_speed is not None:
+                weights, speed = np.vstack([last_weights, weights]), np.vstack([last_speed, speed])
+            gradient = beta * speed[:-1] - speed[1:]  # minibatch gradient with weight decay, [t-1, P]
+            work.append(np.einsum("tp,tp->t", weights[:-1], gradient))
+            kinetic.append(np.einsum("tp,tp->t", speed[1:], speed[1:]))
+            last_weights, last_speed = weights[-1:], speed[-1:]
+        return np.concatenate(work), np.concatenate(kinetic)
