@@ -16,7 +16,7 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import DataError, NonFiniteError
 from .arrays import Array, finite
@@ -182,14 +182,19 @@ def _path_exponent(level: Array, d: Array, half: Array) -> Array:
     return offset[:, None] + inside[:, :-1]
 
 
-def _log_double_integral(log_scale: Array, log_speed: Array, half: Array, counted: Array) -> float:
-    """Log of the integral, over the panels counted, of exp(log_scale) times the running integral of exp(log_speed)."""
+def _log_double_integral(
+    log_scale: Array, log_speed: Array, half: Array, counted: NDArray[np.bool_], log_first: float = -np.inf
+) -> float:
+    """Logarithm of the integral over the panels counted of exp(log_scale) times the running integral of exp(log_speed).
+
+    ``log_first`` is the log of that running integral at the first edge.
+    """
     cumulative = _chebyshev()[1]
     top = log_speed.max(axis=1, keepdims=True)
     inside = np.maximum(np.exp(log_speed - top) @ cumulative.T * half[:, None], 0)  # [p, q + 1]
     with np.errstate(divide="ignore"):
         log_inside = np.log(inside) + top
-    before = np.concatenate([[-np.inf], np.logaddexp.accumulate(log_inside[:-1, -1])])
+    before = np.logaddexp.accumulate(np.concatenate([[log_first], log_inside[:-1, -1]]))
     log_mass = np.logaddexp(before[:, None], log_inside[:, :-1])
     log_integrand = (log_scale + log_mass)[counted]
     peak = log_integrand.max()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import NotAvailableError, UnstableError
 from ..hyperparameters import SGD
@@ -39,7 +39,7 @@ class LangevinCoefficients(Measurement):
     gamma: float = quantity(units="1/time", long_name="friction rate")
     omega: Array = quantity("mode", units="1/time", long_name="undamped frequency")
     noise: Array = quantity("mode", units="gradient^2/time", long_name="diffusion of the velocity, d<v^2>/dt")
-    underdamped: Array = quantity("mode", units="1", long_name="whether the mode oscillates")
+    underdamped: NDArray[np.bool_] = quantity("mode", units="1", long_name="whether the mode oscillates")
     _primary = "omega"
 
 

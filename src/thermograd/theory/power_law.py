@@ -265,12 +265,13 @@ def mean_first_passage_time(sgd: SGD, curvature: float, loss_ratio: ArrayLike, d
     times = []
     for c in ratio:
         radius = np.sqrt(c - 1)
-        edges = np.linspace(np.log(radius) - 18, np.log(radius), 401)  # in y = log r; below, the part is 1e-15
+        edges = np.linspace(np.log(radius) - 18, np.log(radius), 401)  # in y = log r
+        below = np.log(2 * a / dimension) + dimension * edges[0]  # mass nearer than the first edge; its time is 1e-15
         y, half = _panel_nodes(edges)
         growth = np.log1p(np.exp(2 * y))
         log_scale = (2 - dimension) * y + a * growth
         log_speed = np.log(2 * a) + dimension * y - (a + 1) * growth
-        times.append(np.exp(_log_double_integral(log_scale, log_speed, half, np.ones(len(half), bool))))
+        times.append(np.exp(_log_double_integral(log_scale, log_speed, half, np.ones(len(half), bool), below)))
     return np.array(times) / float(curvature)
 
 

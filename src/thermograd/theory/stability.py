@@ -33,7 +33,7 @@ def largest_stable_curvature(sgd: SGD) -> float:
 
 
 def gaussian_gain(sgd: SGD, curvature: ArrayLike) -> float:
-    r"""Gain of the noise on itself for Gaussian linear regression; the mean square is stable when it is below 1.
+    r"""Stability number of Gaussian linear regression; SGD is stable in mean square when it is below 1.
 
     :math:`\frac1B\mathrm{Tr}[\eta A\,G^{-1}]`, :math:`G=2(1-\beta)-\big(\frac{1-\beta}{1+\beta}+\frac1B\big)\eta A`
     (from Ziyin et al. 2022, arXiv 2102.05375, Theorem 2): fresh inputs with covariance A, heavy ball, no weight decay.
@@ -43,7 +43,8 @@ def gaussian_gain(sgd: SGD, curvature: ArrayLike) -> float:
         curvature: eigenvalues of A, [n].
 
     Returns:
-        The gain; infinite when a single direction is already unstable.
+        The number; infinite when a single direction is already unstable. Away from 1 it differs from
+        :func:`mean_square_gain`, which counts the noise along a direction's own spread as noise too.
 
     Raises:
         NotAvailableError: Nesterov, dampening or weight decay.
