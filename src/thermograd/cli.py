@@ -163,12 +163,20 @@ def check(
 
 @app.command(epilog="Example: thermograd report runs/demo")
 @_explained
-def report(paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]) -> None:
-    """Write report.html anew from the law sheets that runs hold; nothing is measured."""
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write; by default report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """Write the report from the law sheets that runs hold; several runs are put side by side. Nothing is measured."""
     from .laws import LawSheet
+    from .report import compare_html
 
-    for path in paths:
-        _write_report(LawSheet.load(path), path)
+    if len(paths) == 1:
+        return _write_report(LawSheet.load(paths[0]), out_file or paths[0] / "report.html")
+    sheets = {str(path): LawSheet.load(path) for path in paths}
+    return _say_report(compare_html(sheets, out_file or paths[0].parent / "comparison.html"))
 
 
 @app.command(epilog="Example: thermograd laws weight_variance")
@@ -223,12 +231,16 @@ def _check(config: Config, folder: Path, problem: Any) -> None:
     sheet = check_laws(folder, problem, laws=wanted.laws, seed=wanted.seed, **options)
     out.print()
     out.print(sheet)
-    _write_report(sheet, folder)
+    out.print()
+    _write_report(sheet, folder / "report.html")
 
 
-def _write_report(sheet: LawSheet, folder: Path) -> None:
-    target = sheet.to_html(folder / "report.html")
-    _say(f"\nReport: [bold]{escape(str(target))}[/] (one file; open it in a browser)")
+def _write_report(sheet: LawSheet, target: Path) -> None:
+    _say_report(sheet.to_html(target))
+
+
+def _say_report(target: Path) -> None:
+    _say(f"Report: [bold]{escape(str(target))}[/] (one file; open it in a browser)")
 
 
 def _known_laws(names: list[str] | None) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from . import config as configuration
 from .building import Experiment, build
 from .config import Config
-from .errors import DivergedError, LossError, StoreError, ThermogradWarning
+from .errors import DivergedError, LossError, NonFiniteError, StoreError, ThermogradWarning
 from .losses import per_sample_loss
 from .problem import Problem
 from .progress import bar
@@ -116,6 +116,8 @@ def _train(config: Config, experiment: Experiment, folder: Path, saved: dict[str
             run.recorder = None
             _write_trace(folder, experiment.problem, progress)
             run.checkpoint()  # last, so that a run that counts as complete is complete
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 class _Loop:
@@ -129,7 +131,8 @@ class _Loop:
         self.recorder: Recorder | None = None
         self.display = bar("Training")
         self._criterion = _criterion(experiment)
-        self._trace_at = set(trace_steps(total_steps(config)))
+        self._total = total_steps(config)
+        self._trace_at = set(trace_steps(self._total))
         self._saved_at = time.monotonic()
 
     def advance_to(self, last: int) -> None:
@@ -170,24 +173,32 @@ class _Loop:
     def _look(self, loss: Tensor, steps: int) -> None:
         value = float(loss.detach())
         if not np.isfinite(value):
-            raise DivergedError(
-                f"the minibatch loss is {value} at step {self.progress.step}",
-                expected="a finite loss",
-                remedy="lower optimizer.lr and start anew with --overwrite",
-            )
+            raise self._diverged(f"the minibatch loss is {value}")
         self.display.advance(steps, f"Training, loss {value:.4f}")
-        late = time.monotonic() - self._saved_at > self.seconds
-        if self.interrupted.is_set() or late:
+        if self.progress.step == self._total:  # the last checkpoint is written when all else is
+            return
+        if self.interrupted.is_set() or time.monotonic() - self._saved_at > self.seconds:
             self.checkpoint()
         if self.interrupted.is_set():
             raise KeyboardInterrupt
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what} at step {self.progress.step}",
+            expected="a finite loss and finite weights",
+            remedy="lower optimizer.lr and start anew with --overwrite",
+        )
 
     def _keep_weights(self) -> None:
         """Note step, full training loss and weights, once for each step (a resumed run passes some twice)."""
         trace, problem = self.progress.trace, self.experiment.problem
         if self.progress.step not in trace["step"]:
+            try:
+                loss = float(problem.loss())
+            except NonFiniteError as error:
+                raise self._diverged(error.what) from error
             trace["step"].append(self.progress.step)
-            trace["loss"].append(float(problem.loss()))
+            trace["loss"].append(loss)
             trace["theta"].append(problem.theta.to(next(iter(problem.parameters.values())).dtype).cpu())
 
     def checkpoint(self) -> None:
@@ -197,10 +208,7 @@ class _Loop:
         experiment = self.experiment
         model: Any = experiment.problem.model
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-            raise DivergedError(
-                f"the weights are not finite at step {self.progress.step}",
-                remedy="lower optimizer.lr and start anew with --overwrite",
-            )
+            raise self._diverged("the weights are not finite")
         content = {
             "step": self.progress.step,
             "model": model.state_dict(),
