@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from .diffusion import Diffusion, diffusion
+from .pca import PCA, pca
 from .recorder import Recorder
 from .run import open_run, write_group
+from .selection import Selection, project, select
 from .store import TrajectoryStore
 
-__all__ = ["Recorder", "TrajectoryStore", "open_run", "write_group"]
+__all__ = [
+    "PCA",
+    "Diffusion",
+    "Recorder",
+    "Selection",
+    "TrajectoryStore",
+    "diffusion",
+    "open_run",
+    "pca",
+    "project",
+    "select",
+    "write_group",
+]

@@ -1,0 +1,42 @@
+"""Error bars of statistics of correlated time series, from blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.stats
+
+__all__ = ["block_means", "half_width", "resampled"]
+
+_RESAMPLES = 400
+
+
+def block_means(series: np.ndarray, blocks: int) -> np.ndarray:
+    """Means of consecutive blocks of nearly equal length, [blocks, ...].
+
+    >>> block_means(np.arange(6.0), 3)
+    array([0.5, 2.5, 4.5])
+    """
+    edges = np.linspace(0, len(series), blocks + 1).astype(int)
+    sums = np.add.reduceat(series, edges[:-1], axis=0)
+    return sums / np.diff(edges).reshape(-1, *[1] * (series.ndim - 1))
+
+
+def resampled(blocks: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int) -> np.ndarray:
+    """Standard error of ``statistic`` of the mean over blocks, by drawing blocks with replacement.
+
+    Args:
+        blocks: block means [b, ...].
+        statistic: takes means [r, ...] of r resamples, returns values [r, ...].
+        seed: of the draws.
+    """
+    count = len(blocks)
+    draws = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))
+    values = statistic(blocks[draws].mean(axis=1))
+    return values.std(axis=0, ddof=1) * np.sqrt(count / (count - 1))  # the bootstrap's own bias for few blocks
+
+
+def half_width(stderr: float, blocks: int, confidence: float) -> float:
+    """Half the confidence interval of a mean over few blocks (Student's t)."""
+    return float(stderr * scipy.stats.t.ppf(0.5 + confidence / 2, blocks - 1))
