@@ -80,8 +80,9 @@ def test_kramers_numbers_and_scalings():
     slow = kramers.escape_exponent_sgd(sgd.replace(momentum=0.5), 0.25, 2.0, -1.0, path=0.3)
     assert slow == pytest.approx(psi / 2)
     # underdamped numbers, steps, at fixed temperature: noise variance = 2 T (1 - beta) / eta
-    for t, eta, beta, steps in ((0.05, 0.02, 0.0, 3.36e4), (0.05, 0.02, 0.5, 1.77e4), (0.05, 0.02, 0.9, 6.59e3),
-                                (0.05, 0.002, 0.9, 3.86e4), (0.04, 0.02, 0.9, 2.30e4), (0.05, 0.2, 0.0, 3860)):  # fmt: skip
+    cases = [(0.05, 0.02, 0.0, 3.36e4), (0.05, 0.02, 0.5, 1.77e4), (0.05, 0.02, 0.9, 6.59e3)]
+    cases += [(0.05, 0.002, 0.9, 3.86e4), (0.04, 0.02, 0.9, 2.30e4), (0.05, 0.2, 0.0, 3860)]
+    for t, eta, beta, steps in cases:
         found = kramers.escape_time_momentum(SGD(lr=eta, momentum=beta), 0.25, 2.0, -1.0, 2 * t * (1 - beta) / eta)
         assert found / eta == pytest.approx(steps, rel=5e-3)
 
