@@ -63,7 +63,7 @@ class _Curvature(Operator):
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten()
         if len(bad):
             raise NonFiniteError(
-                f"the loss of sample {int(index[bad[0]])} is {float(losses[bad[0]])}",
+                f"the loss of sample {int(index[bad[0]])} is {float(losses.detach()[bad[0]])}",
                 expected="a finite loss for every sample",
                 remedy="check the weights (they may have diverged) and that sample",
             )

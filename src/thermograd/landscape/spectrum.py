@@ -91,8 +91,7 @@ def eigenpairs(
         pairs are returned.
 
     Raises:
-        InputError: k, which or tol out of range; the operator is not symmetric.
-        ConvergenceError: not a single Ritz pair could be formed within ``maxiter``.
+        InputError: k, which, tol or maxiter out of range; the operator is not symmetric.
 
     >>> pairs = eigenpairs(torch.diag(torch.arange(6.0, dtype=torch.float64)), k=2)
     >>> pairs.eigenvalues
@@ -106,6 +105,8 @@ def eigenpairs(
         raise InputError(f"which is {which!r}", expected="'LA', 'SA', 'LM' or 'BE'")
     if not 0 < tol < 1:
         raise InputError(f"tol is {tol}", expected="a number between 0 and 1")
+    if maxiter is not None and maxiter < 1:
+        raise InputError(f"maxiter is {maxiter}", expected="at least 1 product")
     limit = _DENSE_MATRIX if isinstance(operator, MatrixOperator) else _DENSE_OPERATOR
     if size <= limit or 4 * k >= size:
         return _dense_eigenpairs(operator, int(k), which, tol)
@@ -340,7 +341,7 @@ class _Lanczos:
 
     def _now(self) -> _Basis:
         if self.basis is None:
-            raise ConvergenceError("no product was made", expected="maxiter >= 1", remedy="raise maxiter")
+            raise ConvergenceError("no product was made")
         return self.basis
 
     # ------------------------------------------------------------------ the end

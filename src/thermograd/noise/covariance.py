@@ -87,7 +87,7 @@ class Covariance(Operator):
         losses = self.problem.differentiable_sample_losses(leaf, index)  # [b]
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten()
         if len(bad):
-            raise NonFiniteError(f"the loss of sample {int(index[bad[0]])} is {float(losses[bad[0]])}")
+            raise NonFiniteError(f"the loss of sample {int(index[bad[0]])} is {float(losses.detach()[bad[0]])}")
         if not losses.requires_grad:
             return torch.zeros_like(block), torch.zeros_like(shift)
         weights = torch.zeros_like(losses).requires_grad_()

@@ -41,7 +41,7 @@ class MinibatchLosses(Measurement):
     _primary = "losses"
 
     def temperature(self, lr: float) -> np.ndarray:
-        r"""Direction temperature ``[k, m]`` at learning rate ``lr``: :math:`T_i(\delta)`, half lr times the variance."""
+        """Direction temperature T_i ``[k, m]`` at learning rate ``lr``: lr/2 times the gradient variance."""
         return 0.5 * lr * self.gradient_variance
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -62,7 +62,7 @@ def losses_and_slopes(problem: Problem, theta: Tensor, block: Tensor, direction:
     bad = (~torch.isfinite(losses.detach())).nonzero().flatten()
     if len(bad):
         raise NonFiniteError(
-            f"the loss of sample {int(block[bad[0]])} is {float(losses[bad[0]])} at displaced weights",
+            f"the loss of sample {int(block[bad[0]])} is {float(losses.detach()[bad[0]])} at displaced weights",
             remedy="use smaller offsets",
         )
     if not losses.requires_grad:
