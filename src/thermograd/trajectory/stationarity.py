@@ -1,0 +1,220 @@
+"""Whether a run has become stationary, and since when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.stats
+
+from ..errors import InputError, TooShortError
+from ..hyperparameters import SGD
+from ..measurement import Measurement, new_axes, quantity
+from .bootstrap import block_means, resampled
+from .selection import Selection, Window, select_all
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Stationarity", "stationarity"]
+
+_BLOCKS = 10
+_LEAST = 80  # rows
+_FALSE_ALARM = 0.01  # of each of the four tests
+_TRIES = 8  # starts of the window that are tried
+
+
+@dataclass(frozen=True)
+class Stationarity(Measurement):
+    """What the tests of stationarity found.
+
+    ``position_side`` and ``velocity_side`` are the two sides of the fluctuation-dissipation identity; ``ratio`` is 1
+    for a stationary run, and one minus the share of the motion that wanders off without return otherwise.
+    """
+
+    ratio: float = quantity(long_name="position side over velocity side of the fluctuation-dissipation identity")
+    ratio_stderr: float = quantity(long_name="its standard error")
+    position_side: float = quantity(units="weight^2", long_name="E (theta_k - c).(beta d_k - d_{k+1}), d the steps")
+    velocity_side: float = quantity(units="weight^2", long_name="(1 + beta)/2 E ||d||^2")
+    loss_drift: float | None = quantity(long_name="change of the minibatch loss across the window, relative")
+    loss_drift_stderr: float | None = quantity(long_name="its standard error")
+    distance_drift: float = quantity(
+        long_name="change of ||theta - c||^2 across the window, relative to its mean, c the mean of the first quarter"
+    )
+    distance_drift_stderr: float = quantity(long_name="its standard error")
+    speed_change: float = quantity(long_name="change of the squared step between the halves of the window, relative")
+    speed_change_stderr: float = quantity(long_name="its standard error")
+    loss_is_stationary: bool = quantity(long_name="whether the loss shows no drift")
+    position_is_stationary: bool = quantity(long_name="whether the identity holds and the distance shows no drift")
+    speed_is_stationary: bool = quantity(long_name="whether the two halves have equal squared steps")
+    stationary: bool = quantity(long_name="whether all tests pass on the whole window")
+    start: int | None = quantity(units="steps", long_name="first step from which the run passes all tests")
+    steps: np.ndarray = quantity("block", units="steps", long_name="middle of each block")
+    loss: np.ndarray | None = quantity(
+        "block", units="loss", long_name="mean minibatch loss of the block", default=None
+    )
+    distance: np.ndarray | None = quantity(
+        "block", units="weight^2", long_name="mean squared distance from c in the block", default=None
+    )
+
+    _primary = "ratio"
+
+    def __bool__(self) -> bool:
+        return self.stationary
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Loss and squared distance over the window, each relative to its mean."""
+        ax = new_axes(ax)
+        for name, values in (("minibatch loss", self.loss), ("squared distance", self.distance)):
+            if values is not None:
+                ax.plot(self.steps, values / values.mean(), "o-", ms=3, label=name)
+        if self.start is not None:
+            ax.axvline(self.start, ls="--", lw=1, label="stationary from here")
+        ax.set(xlabel="step", ylabel="relative to the mean")
+        ax.legend()
+        return ax
+
+
+def stationarity(
+    run: Any, window: Window = None, *, sgd: SGD | None = None, tolerance: float = 0.1, seed: int = 0
+) -> Stationarity:
+    r"""Test whether a run is stationary.
+
+    .. math::
+        E[(\theta_k - c)\cdot(\beta v_k - v_{k+1})] = \frac{\eta(1+\beta)}{2} E\|v\|^2
+
+    holds for any loss, any noise and any constant c once the second moments of theta and v no longer change
+    (Yaida 2018, Eq. 12 for beta = 0; Kunin et al. 2024 for linear regression; here in steps d = eta v). c is the mean
+    of the first quarter of the window and the identity is evaluated on the rest, so that drift does not cancel.
+    Further tests: drift of the loss, drift of the distance from c, equal squared steps in both halves. A test fails
+    when a deviation is both significant (two-sided, 1 %, Student's t over ten blocks) and larger than ``tolerance``
+    (three times that for the distance, which the slowest directions move); a noisy short window can therefore pass, which its standard errors show.
+
+    Args:
+        run: a run, an array [T, P], or replicas of either (averaged).
+        window: which rows, as in :func:`~thermograd.trajectory.select`.
+        sgd: hyperparameters (the momentum is used), when they are not those of the run; for an array without them
+            beta = 0.
+        tolerance: relative deviation that is of no concern.
+        seed: of the block bootstrap.
+
+    Raises:
+        InputError: rows that skip steps. TooShortError: fewer than 80 rows. DivergedError: weights not finite.
+
+    >>> rng = np.random.default_rng(0)
+    >>> x = np.zeros((4000, 20))
+    >>> for k in range(1, len(x)):
+    ...     x[k] = 0.9 * x[k - 1] + rng.standard_normal(20)
+    >>> bool(stationarity(x[100:])), bool(stationarity(x.cumsum(axis=0)))
+    (True, False)
+    """
+    stretches = select_all(run, window, minimum=_LEAST, sgd=sgd)
+    for stretch in stretches:
+        stretch.need_every_step("the fluctuation-dissipation identity")
+    facts = _facts(stretches, tolerance, seed)
+    start = _start(stretches, facts["stationary"], tolerance, seed)
+    return Stationarity(start=start, **facts)
+
+
+def _facts(stretches: list[Selection], tolerance: float, seed: int) -> dict[str, Any]:
+    sgd = stretches[0].sgd
+    beta = sgd.momentum if sgd else 0.0
+    series = [_series(s, beta) for s in stretches]
+    left, squared, distance = (np.mean([s[i] for s in series], axis=0) for i in range(3))
+    if squared.mean() <= 0:
+        raise InputError("the weights do not move in the window", expected="a trajectory that fluctuates")
+    right = (1 + beta) / 2 * squared
+    sides = block_means(np.stack([left, right], axis=1), _BLOCKS)  # [b, 2]
+    ratio_error = float(resampled(sides, lambda means: means[..., 0] / means[..., 1], seed))
+    ratio = float(left.mean() / right.mean())
+    drift, drift_error = _drift(distance)
+    speed, speed_error = _half_change(squared)
+    losses = [s.loss for s in stretches]
+    loss = None if any(x is None for x in losses) else np.mean([x for x in losses if x is not None], axis=0)
+    loss_drift, loss_error = (None, None) if loss is None else _drift(loss)
+    loss_fine = loss_drift is None or loss_error is None or _fine(loss_drift, loss_error, tolerance)
+    place_fine = _fine(ratio - 1, ratio_error, tolerance) and _fine(drift, drift_error, 3 * tolerance)
+    speed_fine = _fine(speed, speed_error, tolerance)
+    return {
+        "ratio": ratio,
+        "ratio_stderr": ratio_error,
+        "position_side": float(left.mean()),
+        "velocity_side": float(right.mean()),
+        "loss_drift": loss_drift,
+        "loss_drift_stderr": loss_error,
+        "distance_drift": drift,
+        "distance_drift_stderr": drift_error,
+        "speed_change": speed,
+        "speed_change_stderr": speed_error,
+        "loss_is_stationary": loss_fine,
+        "position_is_stationary": place_fine,
+        "speed_is_stationary": speed_fine,
+        "stationary": loss_fine and place_fine and speed_fine,
+        "steps": block_means(stretches[0].steps.astype(float), _BLOCKS),
+        "loss": None if loss is None else block_means(loss, _BLOCKS),
+        "distance": block_means(distance, _BLOCKS),
+    }
+
+
+def _series(stretch: Selection, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Over the last three quarters: the position side's terms, squared steps, and squared distances from c."""
+    quarter = stretch.T // 4
+    centre = stretch.rows(0, quarter).mean()
+    rest = stretch.rows(quarter, stretch.T)
+    left, squared = np.empty(rest.T - 2), np.empty(rest.T - 1)
+    distance = np.empty(rest.T)
+    before: np.ndarray | None = None  # the two rows before the block
+    for start, block in rest.blocks():
+        distance[start : start + len(block)] = ((block - centre) ** 2).sum(axis=1)
+        joined = block if before is None else np.concatenate([before, block])
+        first = start if before is None else start - len(before)
+        moves = np.diff(joined, axis=0)
+        squared[first : first + len(moves)] = (moves**2).sum(axis=1)
+        if len(joined) > 2:
+            terms = (joined[1:-1] - centre) * (beta * moves[:-1] - moves[1:])
+            left[first : first + len(terms)] = terms.sum(axis=1)
+        before = joined[-2:]
+    return left, squared[1:], distance
+
+
+def _drift(series: np.ndarray) -> tuple[float, float]:
+    """Change of a series across the window along its least-squares line, relative to its mean; standard error."""
+    blocks = block_means(series, _BLOCKS)
+    time = (np.arange(_BLOCKS) - (_BLOCKS - 1) / 2) / _BLOCKS
+    slope = time @ blocks / (time @ time)
+    rest = blocks - blocks.mean() - slope * time
+    error = np.sqrt(rest @ rest / (_BLOCKS - 2) / (time @ time))
+    return float(slope / blocks.mean()), float(error / abs(blocks.mean()))
+
+
+def _half_change(series: np.ndarray) -> tuple[float, float]:
+    """Mean of the second half less that of the first, relative to the whole; standard error from blocks."""
+    blocks = block_means(series, _BLOCKS)
+    half = _BLOCKS // 2
+    first, second = blocks[:half], blocks[half:]
+    error = np.sqrt(first.var(ddof=1) / half + second.var(ddof=1) / half)
+    return float((second.mean() - first.mean()) / blocks.mean()), float(error / abs(blocks.mean()))
+
+
+def _fine(deviation: float, stderr: float, tolerance: float) -> bool:
+    """Whether a deviation is within tolerance or not significant."""
+    significant = abs(deviation) > scipy.stats.t.ppf(1 - _FALSE_ALARM / 2, _BLOCKS - 2) * stderr
+    return bool(abs(deviation) <= tolerance or not significant)
+
+
+def _start(stretches: list[Selection], whole: bool, tolerance: float, seed: int) -> int | None:
+    """First step of the longest last part of the window that passes, of the parts that begin at eighths."""
+    first = stretches[0]
+    if whole:
+        return int(first.steps[0])
+    for eighth in range(1, _TRIES - 1):
+        begin = first.T * eighth // _TRIES
+        if first.T - begin < _LEAST:
+            return None
+        try:
+            if _facts([s.rows(begin, s.T) for s in stretches], tolerance, seed)["stationary"]:
+                return int(first.steps[begin])
+        except TooShortError:
+            return None
+    return None
