@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
-
 from ..theory import sampling
 from .evidence import Evidence
 from .fits import power_law
@@ -50,8 +48,8 @@ class AnomalousDiffusion(Law):
 
     def measure(self, evidence: Evidence) -> Measured:
         found = self._diffusion(evidence)
-        lags, msd = np.asarray(found.lags), np.asarray(found.msd)
-        ratio, error = float(found.ceiling_ratio), float(found.ceiling_stderr)
+        lags, msd = found.lags, found.msd
+        ratio, error = found.ceiling_ratio, found.ceiling_stderr
         verdict = (
             "above what stationary noise can reach, so the weights drift"
             if ratio - 2 * error > 1
@@ -65,15 +63,15 @@ class AnomalousDiffusion(Law):
             f"{ratio:.3g} ± {error:.2g}, {verdict}."
         )
         return Measured(
-            float(found.exponent),
-            float(found.exponent_stderr),
-            getattr(found, "dof", np.inf),
+            found.exponent,
+            found.exponent_stderr,
+            found.dof,
             {"x": lags, "measured_y": msd},
             note,
         )
 
     def predict(self, evidence: Evidence) -> Measured:
-        lags = np.asarray(self._diffusion(evidence).lags)
+        lags = self._diffusion(evidence).lags
         curvature, noise, rest = evidence.spectrum
         msd = sampling.mean_squared_displacement(evidence.sgd, curvature, noise, lags).sum(1)
         if rest > 0:
@@ -93,6 +91,6 @@ class AnomalousDiffusion(Law):
         key = "_diffusion_result"
         if key not in evidence.__dict__:
             evidence.__dict__[key] = trajectory.diffusion(
-                evidence.run, fit_range=self._range(evidence), sgd=evidence.sgd, seed=evidence.seed
+                evidence.path, fit_range=self._range(evidence), sgd=evidence.sgd, seed=evidence.seed
             )
         return evidence.__dict__[key]

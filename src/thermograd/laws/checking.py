@@ -27,6 +27,7 @@ def check(
     problem: Problem,
     *,
     laws: str | Sequence[str] = "all",
+    window: Any = None,
     sgd: SGD | None = None,
     modes: int = 150,
     window_epochs: int = 10,
@@ -39,6 +40,8 @@ def check(
         run: the run's folder (or its open tree).
         problem: the network, loss and data that the run was made with.
         laws: ``"all"``, or names from :func:`thermograd.laws.catalogue`.
+        window: which recorded rows to look at, as in :func:`thermograd.trajectory.select`: None for all, a number
+            for the last rows, a fraction for the last part.
         sgd: hyperparameters, when the recorder could not find out batch size or sampling scheme.
         modes: how many of the sharpest Hessian modes the per-mode laws look at.
         window_epochs: length, in epochs, of the windows in which fluctuations are measured.
@@ -54,7 +57,7 @@ def check(
     chosen: list[Law] = (
         list(catalogue()) if laws == "all" else [find(n) for n in ([laws] if isinstance(laws, str) else laws)]
     )
-    evidence = Evidence(run, problem, sgd=sgd, modes=modes, window_epochs=window_epochs, seed=seed)
+    evidence = Evidence(run, problem, window=window, sgd=sgd, modes=modes, window_epochs=window_epochs, seed=seed)
     comparisons = []
     with bar("checking laws", total=len(chosen)) as progress:
         for law in chosen:

@@ -50,9 +50,9 @@ class Decoupling(Law):
 
         if evidence.problem.model is None:
             raise NotAvailableError("a problem made from a function has no network output")
-        found = decoupling(evidence.problem, theta=evidence.centre, seed=evidence.seed)
-        coupled = np.asarray(found.spectrum, dtype=float)
-        decoupled = np.asarray(found.spectrum_decoupled, dtype=float)
+        found = decoupling(evidence.problem, theta=evidence.centre, index=evidence.samples, seed=evidence.seed)
+        coupled = np.asarray(found.eigenvalues, dtype=float)
+        decoupled = np.asarray(found.decoupled_eigenvalues, dtype=float)
         count = min(len(coupled), len(decoupled))
         note = (
             f"Over the top {count} eigenvalues the two spectra differ by a median factor of "
@@ -64,7 +64,7 @@ class Decoupling(Law):
             "measured_y": coupled[:count],
             "predicted_y": decoupled[:count],
         }
-        return Measured(found.ratio, found.ratio_stderr, details=details, note=note)
+        return Measured(found.ratio, found.stderr, details=details, note=note)
 
     def predict(self, evidence: Evidence) -> Measured:
         return Measured(1.0)

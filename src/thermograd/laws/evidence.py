@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import InputError, StoreError, TooShortError
+from ..errors import DivergedError, InputError, StoreError
 from ..hyperparameters import SGD
 from ..progress import track
 from .law import Assumption
@@ -38,6 +39,8 @@ class Evidence:
     Args:
         run: a run's folder or its open tree.
         problem: the network, loss and data that the run was made with.
+        window: which recorded rows to look at, as in :func:`thermograd.trajectory.select`; default all of the last
+            uninterrupted stretch.
         sgd: the hyperparameters, when the run does not know them (all).
         modes: how many of the sharpest Hessian modes the per-mode laws look at.
         window_epochs: length of a window in epochs.
@@ -54,31 +57,29 @@ class Evidence:
         run: Any,
         problem: Problem,
         *,
+        window: Any = None,
         sgd: SGD | None = None,
         modes: int = 150,
         window_epochs: int = 10,
         noise_points: int = 8,
         seed: int = 0,
     ):
-        from ..trajectory import open_run
+        from ..trajectory import open_run, select
 
         self.run: xarray.DataTree = open_run(run)
         if "trajectory" not in self.run.children:
             raise StoreError("the run has no recorded trajectory", remedy="record one with thermograd.Recorder")
-        self.problem, self.seed = problem, seed
-        self.max_modes, self.window_epochs, self.noise_points = modes, window_epochs, noise_points
-        recorded = self.run["trajectory"].dataset
-        segment = np.asarray(recorded["segment"])
-        self.rows = recorded.isel(step=slice(int(np.argmax(segment == segment[-1])) if len(segment) else 0, None))
-        self.steps = np.asarray(self.rows["step"], dtype=np.int64)  # [T]
-        if len(self.steps) < 2:
-            raise TooShortError("the run has fewer than two recorded steps", remedy="record more steps")
-        if self.rows.sizes["weight"] != problem.P:
+        self.attrs = self.run["trajectory"].attrs
+        self.path = select(self.run, window, minimum=2)
+        self.steps = np.asarray(self.path.steps, dtype=np.int64)  # [T]
+        if self.path.P != problem.P:
             raise InputError(
-                f"the run holds {self.rows.sizes['weight']} weights and the problem {problem.P}",
+                f"the run holds {self.path.P} weights and the problem {problem.P}",
                 expected="the problem that the run was recorded with",
                 remedy="build the problem with the same model and the same params=",
             )
+        self.problem, self.seed = problem, seed
+        self.max_modes, self.window_epochs, self.noise_points = modes, window_epochs, noise_points
         self._given = sgd
 
     # ------------------------------------------------------------------ how the run was made
@@ -86,12 +87,12 @@ class Evidence:
     @property
     def optimizer(self) -> str:
         """Kind of the optimizer, such as ``"SGD"``."""
-        return str(self.rows.attrs.get("optimizer", "unknown"))
+        return str(self.attrs.get("optimizer", "unknown"))
 
     @cached_property
     def recorded_sgd(self) -> dict[str, Any]:
         """The hyperparameters that the recorder noted; batch size and sampling may be None."""
-        noted = self.rows.attrs.get("sgd")
+        noted = self.attrs.get("sgd")
         return (json.loads(noted) if isinstance(noted, str) else dict(noted or {})) or {}
 
     @cached_property
@@ -105,8 +106,7 @@ class Evidence:
     def requires_sgd(self) -> list[Assumption]:
         """Assumptions about how the run was made: SGD, constant hyperparameters, known batches, every step."""
         noted = self._given.to_dict() if self._given else self.recorded_sgd
-        rates = np.asarray(self.rows["learning_rate"], dtype=float)
-        gaps = np.diff(self.steps)
+        rates = np.asarray(self.path.learning_rate, dtype=float)
         is_sgd = self._given is not None or (self.optimizer == "SGD" and noted.get("lr") is not None)
         batches = bool(noted.get("batch_size") and noted.get("dataset_size") and noted.get("sampling"))
         missing = ", ".join(k for k in ("batch_size", "dataset_size", "sampling") if not noted.get(k))
@@ -124,7 +124,11 @@ class Evidence:
                 bool(np.ptp(rates) <= 1e-9 * rates.max()),
                 f"{rates.min():g} to {rates.max():g}" if np.ptp(rates) else f"{rates[0]:g}",
             ),
-            Assumption("needs every step recorded", bool(np.all(gaps == 1)), f"gaps of {gaps.min()} to {gaps.max()}"),
+            Assumption(
+                "needs every step recorded",
+                self.path.every == 1,
+                f"every {self.path.every}" if self.path.every > 1 else "",
+            ),
         ]
 
     def requires_windows(self, least: int = 4) -> Assumption:
@@ -159,38 +163,34 @@ class Evidence:
     @cached_property
     def centre(self) -> torch.Tensor:
         """Mean of the recorded weights, [P]: the point where landscape and noise are measured."""
-        total = np.zeros(self.problem.P)
-        for block in self._blocks("theta", "averaging the weights"):
-            total += block.sum(0, dtype=np.float64)
-        return self.problem.as_theta(total / len(self.steps))
+        return self.problem.as_theta(self.path.mean())
 
-    def _blocks(self, name: str, doing: str) -> Any:
-        """Blocks [t, P] of a recorded quantity, as float64, refusing what is not finite."""
+    def velocity_blocks(self) -> Iterator[tuple[int, Array]]:
+        """All recorded velocities in order, as (number of the first row, velocities [b, P])."""
+        source = self.path.velocity_source
         size = max(1, 2**24 // self.problem.P)
-        starts = range(0, len(self.steps), size)
-        for start in track(starts, doing):
-            block = np.asarray(self.rows[name][start : start + size], dtype=np.float64)
+        for start in range(0, len(self.steps), size):
+            block = np.asarray(source[start : start + size], dtype=np.float64)
             if not np.isfinite(block).all():
-                from ..errors import DivergedError
-
                 row = int(np.argmax(~np.isfinite(block).all(1)))
                 raise DivergedError(
-                    f"{name} is not finite from step {self.steps[start + row]} on",
+                    f"the velocity is not finite at step {self.steps[start + row]}",
                     remedy="lower the learning rate, or check only the part before it",
                 )
-            yield block
+            yield start, block
 
     @cached_property
     def _moments(self) -> tuple[Array, Array, Array]:
         """Projections of weights and velocities on the modes [T, k], and squared speed [T]."""
+        from ..trajectory import project
+
         vectors = self.vectors.cpu().numpy()
-        centre = self.centre.cpu().numpy()
-        weights = [(b - centre) @ vectors for b in self._blocks("theta", "projecting the weights")]
+        weights = project(self.path, vectors, self.centre)
         speeds, squares = [], []
-        for block in self._blocks("velocity", "projecting the velocities"):
+        for _, block in self.velocity_blocks():
             speeds.append(block @ vectors)
             squares.append(np.einsum("tp,tp->t", block, block))
-        return np.concatenate(weights), np.concatenate(speeds), np.concatenate(squares)
+        return weights, np.concatenate(speeds), np.concatenate(squares)
 
     @property
     def weights_along(self) -> Array:
@@ -297,17 +297,17 @@ class Evidence:
         """Recorded weights at evenly spaced times, at which the noise is measured, [m, P]."""
         count = min(self.noise_points, len(self.steps))
         rows = np.unique(np.linspace(0, len(self.steps) - 1, count + 2).round().astype(int)[1:-1])
-        return torch.as_tensor(np.asarray(self.rows["theta"][rows], dtype=np.float64))
+        return torch.as_tensor(np.concatenate([self.path.read(row, row + 1) for row in rows]))
 
     @cached_property
     def _noise_at_points(self) -> tuple[Array, Array]:
         """Per-sample gradient variance along every decomposed mode [m, K], and its trace [m], at each point."""
-        vectors = self.pairs.eigenvectors
+        from .. import noise
+
         along, traces = [], []
         for theta in track(self.points, "measuring the gradient noise"):
-            variance, trace = _sample_noise(self.problem, theta, vectors, self.samples)
-            along.append(variance)
-            traces.append(trace)
+            along.append(noise.in_directions(self.problem, self.pairs.eigenvectors, theta, self.samples).variance)
+            traces.append(noise.strength(self.problem, theta, self.samples).value)
         return np.array(along), np.array(traces)
 
     def _noise_along(self, vectors: torch.Tensor) -> Array:
@@ -337,21 +337,3 @@ class Evidence:
         draws = generator.integers(0, count, (200, count))
         values = [statistic(self.sample_noise[draw].mean(0) * self.sgd.minibatch_factor) for draw in draws]
         return float(np.std(values, ddof=1))
-
-
-def _sample_noise(
-    problem: Problem, theta: torch.Tensor, vectors: torch.Tensor, index: torch.Tensor | None
-) -> tuple[Array, float]:
-    """Variance over samples of the gradient along ``vectors`` [K], and its trace, without storing the gradients."""
-    total = torch.zeros(problem.P, dtype=problem.dtype)
-    along = torch.zeros(vectors.shape[1], dtype=problem.dtype)
-    square = 0.0
-    chosen = torch.arange(problem.N) if index is None else index
-    for block in chosen.split(problem.gradient_chunk):
-        gradients = problem.sample_gradients(theta, block)  # [b, P]
-        total += gradients.sum(0)
-        along += (gradients @ vectors).square().sum(0)
-        square += float(gradients.square().sum())
-    mean = total / len(chosen)
-    variance = along / len(chosen) - (mean @ vectors).square()
-    return variance.clamp(min=0).cpu().numpy(), max(0.0, square / len(chosen) - float(mean @ mean))

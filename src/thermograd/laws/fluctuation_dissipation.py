@@ -72,15 +72,13 @@ class FluctuationDissipation(Law):
         centre = evidence.centre.cpu().numpy()
         beta = evidence.sgd.momentum
         work, kinetic = [], []
-        last_weights: np.ndarray | None = None
-        last_speed: np.ndarray | None = None
-        pairs = zip(evidence._blocks("theta", "work of the gradients"), evidence._blocks("velocity", "squared speeds"))
-        for weights, speed in pairs:
-            weights = weights - centre
-            if last_weights is not None and last_speed is not None:
-                weights, speed = np.vstack([last_weights, weights]), np.vstack([last_speed, speed])
-            gradient = beta * speed[:-1] - speed[1:]  # minibatch gradient with weight decay, [t-1, P]
+        last: np.ndarray | None = None
+        for start, block in evidence.velocity_blocks():
+            speed = block if last is None else np.vstack([last, block])
+            first = start if last is None else start - 1
+            weights = evidence.path.read(first, start + len(block)) - centre
+            gradient = beta * speed[:-1] - speed[1:]  # minibatch gradient with weight decay, [b, P]
             work.append(np.einsum("tp,tp->t", weights[:-1], gradient))
             kinetic.append(np.einsum("tp,tp->t", speed[1:], speed[1:]))
-            last_weights, last_speed = weights[-1:], speed[-1:]
+            last = block[-1:]
         return np.concatenate(work), np.concatenate(kinetic)

@@ -47,7 +47,7 @@ class LowDimension(Law):
     }
 
     def assumptions(self, evidence: Evidence) -> list[Assumption]:
-        weights, rows = evidence.problem.P, len(evidence.steps)
+        weights, rows = evidence.path.P, evidence.path.T
         return [
             Assumption(f"needs {_LEAST_WEIGHTS} weights", weights >= _LEAST_WEIGHTS, f"{weights} weights"),
             Assumption("needs 200 recorded steps", rows >= 200, f"{rows} steps"),
@@ -56,22 +56,20 @@ class LowDimension(Law):
     def measure(self, evidence: Evidence) -> Measured:
         from .. import trajectory
 
-        used = evidence.steps[-min(len(evidence.steps), 4000) :]
-        pieces = np.array_split(np.arange(len(evidence.steps) - len(used), len(evidence.steps)), 2)
+        rows = min(evidence.path.T, 4000)
+        whole = trajectory.select(evidence.path, rows)
         counts, found = [], None
-        for piece in pieces:  # two separate estimates give the error bar
-            weights = np.asarray(evidence.rows["theta"][piece[0] : piece[-1] + 1], dtype=np.float64)
-            result = trajectory.pca(weights, held_out=True, detrend="linear")
-            counts.append(_n90(np.asarray(result.variance)[1:], float(result.total_variance), weights.shape[1]))
-            found = result
+        for half in (whole.rows(0, rows // 2), whole.rows(rows // 2, rows)):  # two estimates give the error bar
+            found = trajectory.pca(half)
+            counts.append(_n90(found.variance[1:], found.total_variance - found.variance[0], whole.P - 1))
         assert found is not None
         fraction = np.array(counts) / evidence.problem.P
-        variance = np.asarray(found.variance)[1:]
-        inside = np.asarray(found.variance_in_sample)[1:]
-        null = np.asarray(found.random_walk)[1:]
+        variance = found.variance[1:]
+        inside = found.variance_in_sample[1:]
+        null = found.random_walk[1:]
         note = (
-            f"n₉₀ = {counts[0]:.0f} and {counts[1]:.0f} of {evidence.problem.P} in two halves of the last {len(used)} "
-            f"steps, first component left out; drift index of the first component {float(found.drift_index):.2f} "
+            f"n₉₀ = {counts[0]:.0f} and {counts[1]:.0f} of {evidence.problem.P} in two halves of the last {rows} "
+            f"steps, first component left out; drift index of the first component {found.drift_index:.2f} "
             f"(1 is pure drift)."
         )
         details = {

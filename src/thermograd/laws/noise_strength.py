@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..progress import track
-from .evidence import Evidence, _sample_noise
+from .evidence import Evidence
 from .fits import power_law
 from .law import Assumption, Law, Measured
 
@@ -80,9 +80,11 @@ class NoiseStrength(Law):
         return Measured(1.0)
 
     def _walk(self, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
-        problem, centre = evidence.problem, evidence.centre
+        from ..noise import strength
+
+        problem, centre, samples = evidence.problem, evidence.centre, evidence.samples
         base = evidence.loss
-        start = _sample_noise(problem, centre, centre[:, None], evidence.samples)[1]
+        start = strength(problem, centre, samples).value
         lines = [(i, side) for i in range(min(_DIRECTIONS, len(evidence.curvature))) for side in (1, -1)]
         losses = np.full((len(lines), len(_RISES) + 1), base)
         strengths = np.full_like(losses, start)
@@ -91,6 +93,6 @@ class NoiseStrength(Law):
             for column, rise in enumerate(_RISES, start=1):
                 offset = side * np.sqrt(2 * (rise - 1) * base / evidence.curvature[mode])
                 theta = centre + offset * direction
-                losses[row, column] = float(problem.loss(theta, evidence.samples))
-                strengths[row, column] = _sample_noise(problem, theta, direction[:, None], evidence.samples)[1]
+                losses[row, column] = float(problem.loss(theta, samples))
+                strengths[row, column] = strength(problem, theta, samples).value
         return losses, strengths

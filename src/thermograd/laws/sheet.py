@@ -29,7 +29,8 @@ _MARK = {"holds": "✓", "fails": "✗", "not in its regime": "–", "undecided"
 class LawSheet:
     """The comparisons of one run, in the order of the catalogue.
 
-    A sheet is a mapping from law names to :class:`Comparison`. ``print(sheet)`` shows a table; ``to_xarray``,
+    ``sheet[name]`` is the :class:`Comparison` of a law; iterating yields all comparisons.
+    ``print(sheet)`` shows a table; ``to_xarray``,
     ``plot`` and ``to_html`` give it in other forms.
 
     Args:
@@ -56,7 +57,8 @@ class LawSheet:
     def __contains__(self, law: object) -> bool:
         return any(c.law == law for c in self.comparisons)
 
-    def keys(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
         """The names of the laws."""
         return [c.law for c in self.comparisons]
 

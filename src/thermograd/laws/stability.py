@@ -93,11 +93,11 @@ class DimensionBound(Law):
 
         curvature = evidence.curvature
         found = landscape.effective_dimension(curvature)
-        effective = float(np.sum(curvature**2) / curvature[0] ** 2)
+        effective = found.stable_rank
         critical = self._critical(evidence)
         note = (
             f"n = {effective:.2f} of the {len(curvature)} sharpest modes (participation ratio "
-            f"{float(found.participation_ratio):.1f}, entropy {float(found.entropy):.1f}), n_c = {critical:.3g}."
+            f"{found.participation_ratio:.1f}, entropy {found.entropy:.1f}), n_c = {critical:.3g}."
         )
         details = {"x": np.arange(1, len(curvature) + 1), "measured_y": curvature / curvature[0]}
         return Measured(effective / critical, note=note, details=details)

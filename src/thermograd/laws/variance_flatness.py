@@ -44,12 +44,12 @@ class VarianceFlatness(Law):
         "fails": "The published relation does not describe this run: the variance does not fall with flatness, or "
         "not at the predicted rate.",
         "undecided": "The exponent is too uncertain to compare with the theory.",
-        "not in its regime": "The relation speaks of directions whose flatness differs by a factor of ten and more "
+        "not in its regime": "The relation speaks of directions whose flatness differs by about a factor of ten and more "
         "around a stable minimum, reached with plain SGD.",
     }
 
     def assumptions(self, evidence: Evidence) -> list[Assumption]:
-        return flatness_assumptions(evidence, factor=10)  # over less than a decade a slope means nothing
+        return flatness_assumptions(evidence, factor=9)  # over less than about a decade a slope means nothing
 
     def measure(self, evidence: Evidence) -> Measured:
         use = evidence.flatness.crossed
@@ -112,12 +112,10 @@ def published_recipe(evidence: Evidence) -> str:
     """The exponent by the published recipe: principal components and variances of one window."""
     from .. import landscape, trajectory
 
-    rows = evidence.rows["theta"][len(evidence.steps) - evidence.window :]
-    weights = np.asarray(rows, dtype=np.float64)
     count = min(40, evidence.window // 3, evidence.problem.P - 1)
     if count < 6:
         return ""
-    components = trajectory.pca(weights, held_out=False, detrend="none", n=count)
+    components = trajectory.pca(evidence.path, evidence.window, held_out=False, n=count)
     try:
         width = landscape.flatness(evidence.problem, components.directions, theta=evidence.centre)
     except ThermogradError:
@@ -125,5 +123,5 @@ def published_recipe(evidence: Evidence) -> str:
     use = width.crossed[1:]
     if use.sum() < 4:
         return ""
-    psi = -power_law(width.flatness[1:][use], np.asarray(components.variance)[1:][use]).exponent
+    psi = -power_law(width.flatness[1:][use], components.variance[1:][use]).exponent
     return f"By the published recipe (in-sample principal components 2 to {count} of one window) ψ = {psi:.2f}."
