@@ -105,6 +105,18 @@ def test_subsample_and_models_without_vmap(monkeypatch: pytest.MonkeyPatch) -> N
     assert mapped.plot().get_xlabel() == "rank"
 
 
+def test_spectra_of_a_part_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    problem = teacher(samples=300, hidden=5)
+    whole = decoupling(problem, k=5)
+    monkeypatch.setattr(sys.modules["thermograd.noise.decoupling"], "_GRAM", 150)
+    part = decoupling(problem, k=5)
+    assert (part.samples, part.spectrum_samples) == (300, 150)
+    assert part.ratio == pytest.approx(whole.ratio, rel=1e-12)
+    np.testing.assert_allclose(part.decoupled_eigenvalues, whole.decoupled_eigenvalues, rtol=0.6)
+
+
 def test_decoupling_needs_outputs() -> None:
     problem = tg.Problem.from_function(lambda w, a: (w - a).square().sum(), torch.zeros(2), torch.randn(5, 2))
     with pytest.raises(NotAvailableError):
@@ -115,7 +127,7 @@ def test_decoupling_needs_outputs() -> None:
 
 
 def quadratic(exponent: float, samples: int = 4000, modes: int = 12) -> tuple[tg.Problem, torch.Tensor]:
-    """Quadratic losses of curvature h with minima scattered by h^(exponent - 2): C_ii ~ h^exponent exactly in the mean."""
+    """Quadratic losses of curvature h whose minima have the variance h^(exponent - 2), so that C_ii ~ h^exponent."""
     h = torch.logspace(0, -2, modes, dtype=torch.float64)
     random = torch.Generator().manual_seed(5)
     a = torch.randn(samples, modes, generator=random, dtype=torch.float64) * h ** (exponent / 2 - 1)

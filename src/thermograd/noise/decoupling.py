@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoupling", "decoupling"]
 
-_NUMBERS = 2**26  # numbers in all output gradients of the default subsample
-_GRAM = 3000  # size of the default Gram matrix, samples times outputs
+_STREAM = 2**30  # numbers in all output gradients that are looked at by default, block by block
+_MOMENTS = 2**25  # numbers in the per-sample [K, K] matrices
+_NUMBERS = 2**26  # numbers in the output gradients that are kept for the spectra
+_GRAM = 2000  # rows of these, samples times outputs
 _RESAMPLES = 400
 
 
@@ -40,7 +42,8 @@ class Decoupling(Measurement):
     spectrum_distance: float = quantity(long_name="median |log ratio| of the eigenvalues")
     correlation: float = quantity(long_name="correlation of l_i with |J_i|^2")
     correlation_stderr: float = quantity(long_name="its standard error, bootstrap over samples")
-    samples: int = quantity(long_name="number of samples used")
+    samples: int = quantity(long_name="number of samples used for ratio and correlation")
+    spectrum_samples: int = quantity(long_name="number of these used for the spectra")
 
     _primary = "ratio"
 
@@ -74,8 +77,8 @@ def decoupling(
         problem: a problem built from a model.
         theta: weights ``[P]``; default: where the model stands now.
         index: the samples to draw from; default all N.
-        n: how many samples to use; default as many as keep all output gradients within memory and the Gram
-            matrices of n K rows quick.
+        n: how many samples to use; default all, or as many as can be gone through in reasonable time. The spectra
+            take a random part of these when the Gram matrices of n K rows would be large.
         k: how many eigenvalues to compare.
         seed: of the draw and the bootstrap.
 
@@ -95,8 +98,10 @@ def decoupling(
     theta = problem.as_theta(theta)
     outputs = problem.differentiable_outputs(theta, [0])[0].numel()  # K
     if n is None:
-        n = max(16, min(_GRAM // outputs, _NUMBERS // (outputs * problem.P)))
+        n = max(16, min(_STREAM // (outputs * problem.P), _MOMENTS // outputs**2))
     chosen = subsample(problem, index, n, seed)
+    few = subsample(problem, chosen, max(16, min(_GRAM // outputs, _NUMBERS // (outputs * problem.P))), seed)
+    kept = torch.isin(chosen, few)  # [n] those of the spectra
     losses, slopes = _output_gradients(problem, theta, chosen)  # [n], [n, K]
     second = slopes.T @ slopes / len(chosen)  # R [K, K]
     if not float(second.abs().max()) > 0:
@@ -105,10 +110,10 @@ def decoupling(
     rows, decoupled, inner = [], [], []
     width = max(1, min(problem.gradient_chunk // outputs, len(chosen)))
     for part, jacobian in _jacobians(problem, theta, chosen, width):  # J [b, K, P]
-        r = slopes[part]
-        rows.append(torch.einsum("bk,bkp->bp", r, jacobian))
-        decoupled.append(torch.einsum("jk,bkp->bjp", root, jacobian).flatten(0, 1))
         inner.append(jacobian @ jacobian.mT)
+        r, some = slopes[part][kept[part]], jacobian[kept[part]]
+        rows.append(torch.einsum("bk,bkp->bp", r, some))
+        decoupled.append(torch.einsum("jk,bkp->bjp", root, some).flatten(0, 1))
     M = torch.cat(inner).double().cpu().numpy()  # [n, K, K] = J J^T
     output = slopes.double().cpu().numpy()
     count = len(chosen)
@@ -117,8 +122,8 @@ def decoupling(
     spread = _ratios(output, M, weights)[0]
     sizes, sample_losses = np.trace(M, axis1=1, axis2=2), losses.double().cpu().numpy()
     pearson = correlation(sample_losses, sizes)
-    values = _spectrum(torch.cat(rows), count, k)
-    other = _spectrum(torch.cat(decoupled), count, k)
+    values = _spectrum(torch.cat(rows), len(few), k)
+    other = _spectrum(torch.cat(decoupled), len(few), k)
     return Decoupling(
         ratio=float(ratios[0]),
         stderr=float(spread.std(ddof=1)),
@@ -130,6 +135,7 @@ def decoupling(
         correlation=pearson,
         correlation_stderr=_correlation_error(sample_losses, sizes, weights),
         samples=count,
+        spectrum_samples=len(few),
     )
 
 

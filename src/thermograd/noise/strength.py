@@ -159,7 +159,7 @@ def noise_scale(
     weighted, weighted_error = _weighted(problem, theta, chosen, gradient, noise, part, unresolved)
     notes = []
     if zero:
-        notes.append("the mean gradient is zero within its error: at a minimum the noise scale is not defined")
+        notes.append("the mean gradient is zero within its sampling error: near a minimum the noise scale says little")
     if math.isinf(weighted) and not unresolved:
         notes.append("curvature along the gradient or Tr(HC) is not positive: no curvature-weighted scale")
     return NoiseScale(
