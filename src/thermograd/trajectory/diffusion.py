@@ -108,7 +108,7 @@ def diffusion(
         window: which rows, as in :func:`~thermograd.trajectory.select`.
         lags: lags in steps; default: about 12 a decade up to a quarter of the window.
         fit_range: shortest and longest lag of the fitted exponent; default 10 / (1 - momentum) steps, after which the
-            ballistic start is forgotten, to a tenth of the window.
+            ballistic start is forgotten, to a tenth of the window, where the window is long enough; see ``fit_low``.
         directions: [P, k]: also the MSD along each.
         sgd: hyperparameters, when they are not those of the run; the ceiling needs the momentum.
         confidence: of the exponent's interval.
@@ -194,8 +194,10 @@ def _row_lags(lags: Any, stretch: Selection) -> np.ndarray:
 
 
 def _fit_range(stretch: Selection) -> tuple[int, int]:
-    beta = stretch.sgd.momentum if stretch.sgd else 0.0
-    return max(1, round(10 / (1 - beta))), stretch.T * stretch.every // 10
+    steps = stretch.T * stretch.every
+    momentum = stretch.sgd.momentum if stretch.sgd else 0.0
+    low = max(1, min(round(10 / (1 - momentum)), steps // 16))
+    return low, min(max(steps // 10, 4 * low), steps // 4)
 
 
 def _msd(stretch: Selection, rows: np.ndarray) -> np.ndarray:

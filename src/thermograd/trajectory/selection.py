@@ -129,7 +129,7 @@ class Selection:
             self.sgd,
             self.sampling_source,
             self.label,
-            self.theta[cut] if self._dense else self.source[cut],
+            self.theta[cut] if "theta" in self.__dict__ else self.source[cut],
             None if self.velocity_source is None else self.velocity_source[cut],
         )
 

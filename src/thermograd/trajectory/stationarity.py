@@ -43,6 +43,9 @@ class Stationarity(Measurement):
         long_name="change of ||theta - c||^2 across the window, relative to its mean, c the mean of the first quarter"
     )
     distance_drift_stderr: float = quantity(long_name="its standard error")
+    mean_shift: float = quantity(
+        long_name="squared distance between the means of the first quarter and of the rest, over the rest's variance"
+    )
     speed_change: float = quantity(long_name="change of the squared step between the halves of the window, relative")
     speed_change_stderr: float = quantity(long_name="its standard error")
     loss_is_stationary: bool = quantity(long_name="whether the loss shows no drift")
@@ -86,10 +89,12 @@ def stationarity(
 
     holds for any loss, any noise and any constant c once the second moments of theta and v no longer change
     (Yaida 2018, Eq. 12 for beta = 0; Kunin et al. 2024 for linear regression; here in steps d = eta v). c is the mean
-    of the first quarter of the window and the identity is evaluated on the rest, so that drift does not cancel.
+    of the first quarter of the window and the identity is evaluated on the rest, so that drift shows.
     Further tests: drift of the loss, drift of the distance from c, equal squared steps in both halves. A test fails
     when a deviation is both significant (two-sided, 1 %, Student's t over ten blocks) and larger than ``tolerance``
-    (three times that for the distance, which the slowest directions move); a noisy short window can therefore pass, which its standard errors show.
+    (three times that for the distance, which the slowest directions move). The mean of the first quarter must lie
+    within 3 ``tolerance`` variances of that of the rest, which a stationary run does from about 30 correlation times
+    on. A noisy short window can pass, which its standard errors show.
 
     Args:
         run: a run, an array [T, P], or replicas of either (averaged).
@@ -124,7 +129,7 @@ def _facts(stretches: list[Selection], tolerance: float, seed: int) -> dict[str,
     left, squared, distance = (np.mean([s[i] for s in series], axis=0) for i in range(3))
     if squared.mean() <= 0:
         raise InputError("the weights do not move in the window", expected="a trajectory that fluctuates")
-    right = (1 + beta) / 2 * squared
+    right = (1 + beta) / 2 * squared[-len(left) :]  # the step that ends each term
     sides = block_means(np.stack([left, right], axis=1), _BLOCKS)  # [b, 2]
     ratio_error = float(resampled(sides, lambda means: means[..., 0] / means[..., 1], seed))
     ratio = float(left.mean() / right.mean())
@@ -134,7 +139,10 @@ def _facts(stretches: list[Selection], tolerance: float, seed: int) -> dict[str,
     loss = None if any(x is None for x in losses) else np.mean([x for x in losses if x is not None], axis=0)
     loss_drift, loss_error = (None, None) if loss is None else _drift(loss)
     loss_fine = loss_drift is None or loss_error is None or _fine(loss_drift, loss_error, tolerance)
-    place_fine = _fine(ratio - 1, ratio_error, tolerance) and _fine(drift, drift_error, 3 * tolerance)
+    shift = float(np.mean([_mean_shift(s) for s in stretches]))
+    place_fine = (
+        _fine(ratio - 1, ratio_error, tolerance) and _fine(drift, drift_error, 3 * tolerance) and shift <= 3 * tolerance
+    )
     speed_fine = _fine(speed, speed_error, tolerance)
     return {
         "ratio": ratio,
@@ -145,6 +153,7 @@ def _facts(stretches: list[Selection], tolerance: float, seed: int) -> dict[str,
         "loss_drift_stderr": loss_error,
         "distance_drift": drift,
         "distance_drift_stderr": drift_error,
+        "mean_shift": shift,
         "speed_change": speed,
         "speed_change_stderr": speed_error,
         "loss_is_stationary": loss_fine,
@@ -158,14 +167,12 @@ def _facts(stretches: list[Selection], tolerance: float, seed: int) -> dict[str,
 
 
 def _series(stretch: Selection, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Over the last three quarters: the position side's terms, squared steps, and squared distances from c."""
+    """Terms of the position side over the last three quarters; squared steps and squared distances from c over all."""
     quarter = stretch.T // 4
     centre = stretch.rows(0, quarter).mean()
-    rest = stretch.rows(quarter, stretch.T)
-    left, squared = np.empty(rest.T - 2), np.empty(rest.T - 1)
-    distance = np.empty(rest.T)
+    left, squared, distance = np.empty(stretch.T - 2), np.empty(stretch.T - 1), np.empty(stretch.T)
     before: np.ndarray | None = None  # the two rows before the block
-    for start, block in rest.blocks():
+    for start, block in stretch.blocks():
         distance[start : start + len(block)] = ((block - centre) ** 2).sum(axis=1)
         joined = block if before is None else np.concatenate([before, block])
         first = start if before is None else start - len(before)
@@ -175,7 +182,15 @@ def _series(stretch: Selection, beta: float) -> tuple[np.ndarray, np.ndarray, np
             terms = (joined[1:-1] - centre) * (beta * moves[:-1] - moves[1:])
             left[first : first + len(terms)] = terms.sum(axis=1)
         before = joined[-2:]
-    return left, squared[1:], distance
+    return left[quarter:], squared, distance
+
+
+def _mean_shift(stretch: Selection) -> float:
+    """||c - c'||^2 / Var, for the means c of the first quarter and c' of the rest; 2 tau / (T/4) when stationary."""
+    first, rest = stretch.rows(0, stretch.T // 4), stretch.rows(stretch.T // 4, stretch.T)
+    centre = rest.mean()
+    variance = sum(((block - centre) ** 2).sum() for _, block in rest.blocks()) / rest.T
+    return float(((first.mean() - centre) ** 2).sum() / variance)
 
 
 def _drift(series: np.ndarray) -> tuple[float, float]:
