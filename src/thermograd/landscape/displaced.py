@@ -13,6 +13,7 @@ from ..problem import Problem
 __all__ = ["DisplacedLosses", "as_directions"]
 
 _EVALUATIONS = 8000  # samples times weight vectors evaluated at once; larger batches gain nothing
+_SMALL = 2**24  # samples times weights above which a single evaluation keeps the processor busy by itself
 
 
 def as_directions(problem: Problem, directions: Any) -> Tensor:
@@ -57,7 +58,7 @@ class DisplacedLosses:
         self.problem, self.weight_decay = problem, float(weight_decay)
         self._blocks = problem._blocks(index)
         self._count = sum(map(len, self._blocks))
-        self._maps = problem._vmap_works
+        self._maps = problem._vmap_works and max(map(len, self._blocks)) * problem.P <= _SMALL
 
     def __call__(self, thetas: Tensor) -> Tensor:
         """Losses ``[m]`` at weights ``[m, P]``; NaN and infinity are returned as they come."""
