@@ -103,7 +103,9 @@ def test_long_labels_are_wrapped() -> None:
     [
         (r"$\mathdefault{10^{-3}}$", "10⁻³"),
         (r"$\mathdefault{10^{0}}$", "1"),
-        (r"$\mathdefault{2\times10^{1}}$", "2×10"),
+        (r"$\mathdefault{2\times10^{1}}$", "20"),
+        (r"$\mathdefault{-7\times10^{-1}}$", "-0.7"),
+        (r"$\mathdefault{10^{5}}$", "10⁵"),
         (r"$\mathdefault{5\times10^{-12}}$", "5×10⁻¹²"),
         (r"$\mathdefault{3\times10^{0}}$", "3"),
         ("0.5", "0.5"),

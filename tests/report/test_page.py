@@ -216,6 +216,7 @@ def test_a_sheet_without_laws_is_a_page() -> None:
     [
         ("H_ii^γ", "H<sub>ii</sub><sup>γ</sup>"),
         ("∝ Fᵢ^(−ψ)", "∝ Fᵢ<sup>−ψ</sup>"),
+        ("Tr H²/h_max², ηh_i²", "Tr H²/h<sub>max</sub>², ηh<sub>i</sub>²"),
         ("h_max+λ", "h<sub>max</sub>+λ"),
         ("batch_size of the minibatch_loss", "batch_size of the minibatch_loss"),
         ("a<b & c_1", "a&lt;b &amp; c<sub>1</sub>"),

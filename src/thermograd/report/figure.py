@@ -28,7 +28,9 @@ _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _FONT = re.compile(r"font: (?P<look>(?:(?:italic|oblique|bold|\d{3}) )*)(?P<size>[\d.]+px) [^;]*")
 _POWER = re.compile(r"\$\\mathdefault\{(?P<sign>[-−]?)(?:(?P<times>[\d.]+)\\times)?10\^\{(?P<power>[-−]?\d+)\}\}\$")
-SUBSCRIPT = re.compile(r"(?<![A-Za-z0-9_])([^\W\d_])_([^\W_]{1,3})(?![^\W_])")  # H_ii, but not minibatch_loss
+SUBSCRIPT = re.compile(
+    r"(?<![A-Za-z0-9_])([^\W\d_])_([A-Za-zα-ω]{1,3}|[0-9]{1,2})(?![A-Za-z0-9_])"
+)  # H_ii, but not minibatch_loss
 _SUPERSCRIPT = str.maketrans("-−0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -171,15 +173,15 @@ def _powers(base: type) -> Any:
 
 
 def _power(label: str) -> str:
-    r"""``$\mathdefault{2\times10^{-3}}$`` as ``2×10⁻³``; any other label as it is."""
+    r"""``$\mathdefault{2\times10^{-3}}$`` as ``2×10⁻³``, near one as ``0.2``; any other label as it is."""
     match = _POWER.fullmatch(label)
     if match is None:
         return label
-    power = match["power"].translate(_SUPERSCRIPT)
-    ten = {"⁰": "1", "¹": "10"}.get(power, f"10{power}")
-    if match["times"]:
-        return f"{match['sign']}{match['times']}" + ("" if ten == "1" else f"×{ten}")
-    return match["sign"] + ten
+    power = int(match["power"].replace("−", "-"))
+    if -1 <= power <= 2:
+        return match["sign"] + f"{float(match['times'] or 1) * 10.0**power:g}"
+    times = f"{match['times']}×" if match["times"] else ""
+    return f"{match['sign']}{times}10{str(power).translate(_SUPERSCRIPT)}"
 
 
 def _thin_labels(axis: Axis, *, horizontal: bool) -> None:
