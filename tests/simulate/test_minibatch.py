@@ -137,6 +137,20 @@ def test_linear_regression_with_multiplicative_noise_within_one_percent(regressi
     assert pull == pytest.approx(float(limiting.fluctuation_dissipation(sgd, speed.sum())), rel=0.015)
 
 
+@pytest.mark.parametrize(("lr", "momentum"), [(0.05, 0.9), (0.5, 0.0)])
+def test_reshuffled_linear_regression_within_three_percent(regression, lr, momentum):
+    x, y = regression
+    sgd = SGD(lr=lr, momentum=momentum, batch_size=20)
+    theory = limiting.linear_regression_moments(sgd, x, y)
+    run = simulate.linear_regression_sgd(sgd, x, y, steps=4000, replicas=300, burn_in=1000, record_every=7)
+    basis = np.linalg.eigh(x.T @ x / len(x))[1]
+    found, expected = (np.diag(basis.T @ c @ basis) for c in (run.covariance(theory.mean), theory.position))
+    np.testing.assert_allclose(found, expected, rtol=0.035)  # the approximation errs by 1 to 2%, the sample by 0.5%
+    np.testing.assert_allclose((run.velocity**2).mean((0, 1)), np.diag(theory.velocity), rtol=0.03)
+    white = limiting.linear_regression_moments(sgd.replace(sampling="replacement"), x, y)
+    assert (basis.T @ white.position @ basis)[0, 0] > 2 * found[0]  # the flattest mode feels the epoch most
+
+
 def test_mean_squared_displacement_within_three_percent_rms(regression):
     x, y = regression
     sgd = SGD(lr=0.05, momentum=0.9, batch_size=16, sampling="replacement")

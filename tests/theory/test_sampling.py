@@ -205,6 +205,20 @@ def test_velocity_variance_and_identity():
     )
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_matrix_form_for_epochs_agrees_with_the_modes(nesterov):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 3)) * [1.0, 0.3, 0.05]
+    x = np.linalg.qr(x - x.mean(axis=0))[0] * np.sqrt(400) * [1.0, 0.3, 0.05]  # uncorrelated inputs
+    y = rng.normal(size=400)
+    sgd = SGD(lr=0.1, momentum=0.5, nesterov=nesterov, batch_size=10, dataset_size=400)
+    found = limiting.linear_regression_moments(sgd, x, y, multiplicative=False)
+    h, noise = np.diag(x.T @ x / 400), np.diag(found.noise)
+    np.testing.assert_allclose(np.diag(found.position), sampling.weight_variance(sgd, h, noise), rtol=1e-8)
+    np.testing.assert_allclose(np.diag(found.velocity), sampling.velocity_variance(sgd, h, noise), rtol=1e-8)
+    np.testing.assert_allclose(np.diag(found.cross), 0.05 * np.diag(found.velocity), rtol=1e-8)
+
+
 def test_speed_and_memory_are_linear_in_modes():
     import time
 

@@ -9,6 +9,6 @@ array([5.405405])
 
 from __future__ import annotations
 
-from . import first_passage, flatness, kramers, limiting, power_law, sampling, stability
+from . import discrete, first_passage, flatness, kramers, limiting, power_law, sampling, stability
 
-__all__ = ["first_passage", "flatness", "kramers", "limiting", "power_law", "sampling", "stability"]
+__all__ = ["discrete", "first_passage", "flatness", "kramers", "limiting", "power_law", "sampling", "stability"]

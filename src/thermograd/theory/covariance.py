@@ -16,6 +16,7 @@ from ..errors import ConvergenceError, DataError, NotAvailableError, UnstableErr
 from ..hyperparameters import SGD
 from ..measurement import Measurement, quantity
 from .arrays import Array, finite
+from .epoch import EpochNoise, epoch_noise
 from .mode import mode
 
 __all__ = ["CovarianceBlocks", "linear_regression_moments", "stationary_covariance"]
@@ -35,8 +36,8 @@ class CovarianceBlocks(Measurement):
     _primary = "position"
 
 
-def _responses(sgd: SGD, curvature: Array) -> tuple[Array, Array, Array]:
-    """Position, velocity and cross covariance of modes (i, j) per unit of noise covariance, [n, n] each."""
+def _pairs(sgd: SGD, curvature: Array) -> tuple[Array, Array, Array]:
+    """Step of (theta, buffer) [n, 2, 2], push by noise [2], covariance of modes i, j [n, n, 2, 2] at unit noise."""
     filters = mode(sgd, curvature)  # raises when a mode has no stationary state
     pull, beta, lr, gain = filters.pull, sgd.momentum, sgd.lr, 1 - sgd.dampening
     n = pull.size
@@ -51,10 +52,31 @@ def _responses(sgd: SGD, curvature: Array) -> tuple[Array, Array, Array]:
     pair = np.einsum("iab,jcd->ijacbd", step, step).reshape(n, n, 4, 4)
     kick = np.outer(push, push).reshape(4, 1)
     solved = np.linalg.solve(np.eye(4) - pair, np.broadcast_to(kick, (n, n, 4, 1)))[..., 0].reshape(n, n, 2, 2)
+    return step, push, solved
+
+
+def _responses(sgd: SGD, curvature: Array) -> tuple[Array, Array, Array]:
+    """Position, velocity and cross covariance of modes (i, j) per unit of white noise covariance, [n, n] each."""
+    step, push, solved = _pairs(sgd, curvature)
+    lr = sgd.lr
     move = (step[:, 0] - np.array([1.0, 0.0])) / lr  # v_{k+1} = move . (theta, b)_k + push_0/lr xi
     velocity = np.einsum("ia,ijab,jb->ij", move, solved, move) + (push[0] / lr) ** 2
     cross = np.einsum("ia,ijab,jb->ij", step[:, 0], solved, move) + push[0] ** 2 / lr
     return solved[:, :, 0, 0], velocity, cross
+
+
+def _epoch_responses(sgd: SGD, curvature: Array, noise: EpochNoise) -> tuple[Array, Array, Array]:
+    """The same under noise correlated over an epoch: sum_l c(m - l) K_ij(l) at lags m = 0 and 1."""
+    step, _, later = _pairs(sgd, curvature)
+    still, ahead = np.zeros(later.shape[:2]), np.zeros(later.shape[:2])  # lag 0, lag 1
+    weights = noise.at(np.arange(-1, noise.batches + 2))  # c(lag) is weights[lag + 1]
+    for lag in range(noise.batches + 1):
+        now = later[:, :, 0, 0]  # K_ij(lag) = E theta_i(k) theta_j(k + lag)
+        still += weights[lag + 1] * (now + now.T if lag else now)
+        ahead += weights[lag] * now + (weights[lag + 2] * now.T if lag else 0)
+        later = np.einsum("ijab,jcb->ijac", later, step)
+    velocity = (2 * still - ahead - ahead.T) / sgd.lr**2
+    return still, velocity, (still - ahead.T) / sgd.lr
 
 
 def stationary_covariance(sgd: SGD, hessian: ArrayLike, noise_covariance: ArrayLike) -> CovarianceBlocks:
@@ -104,17 +126,20 @@ def _symmetric(matrix: ArrayLike, name: str) -> Array:
 def linear_regression_moments(
     sgd: SGD, X: ArrayLike, y: ArrayLike, *, multiplicative: bool = True, rtol: float = 1e-12
 ) -> CovarianceBlocks:
-    r"""Stationary mean and covariance of minibatch SGD on linear regression, sampled with replacement, exactly.
+    r"""Stationary mean and covariance of minibatch SGD on linear regression.
 
     Loss :math:`\frac1{2N}\|X\theta-y\|^2`, :math:`\mu=(H+\lambda)^{-1}X^Ty/N`, and the noise that goes with the spread
     of the weights,
 
     .. math:: BC=\Sigma(\mu)+\tfrac1N\sum_ix_ix_i^TP_\theta x_ix_i^T-HP_\theta H,
 
-    iterated with the discrete Lyapunov equation to its fixed point (derived; within 0.5% of simulation).
+    iterated with the discrete Lyapunov equation to its fixed point. With replacement this is exact (derived; within
+    0.5% of simulation). For reshuffled epochs the noise at the mean is correlated over the epoch, exactly, and the part
+    that goes with the spread is taken as independent from step to step: an approximation, good where that part is
+    small.
 
     Args:
-        sgd: hyperparameters with ``sampling="replacement"`` and a batch size.
+        sgd: hyperparameters with a batch size; ``sampling`` "replacement" or "reshuffle".
         X: inputs, [N, d].
         y: targets, [N].
         multiplicative: whether the noise depends on the weights (as it does); else it is frozen at the mean.
@@ -125,7 +150,7 @@ def linear_regression_moments(
 
     Raises:
         UnstableError: the mean or (with multiplicative noise) the mean square diverges.
-        NotAvailableError: sampling without replacement, for which no exact form is known.
+        NotAvailableError: one order repeated every epoch, where every replica has its own mean.
         DataError: shapes that do not fit.
 
     >>> X = np.array([[1.0], [-1.0], [1.0], [-1.0]])
@@ -134,48 +159,55 @@ def linear_regression_moments(
     >>> moments.position.round(6)
     array([[0.333333]])
     """
-    if sgd.sampling != "replacement":
+    if sgd.sampling == "shuffle-once":
         raise NotAvailableError(
-            f"multiplicative noise with sampling {sgd.sampling!r} has no exact closed form",
-            remedy="use sampling='replacement', or sampling.weight_variance with sampling.multiplicative_floor",
+            "with one order repeated every epoch each replica settles on its own cycle",
+            remedy="use sampling.weight_variance mode by mode, or simulate.linear_regression_sgd",
         )
     inputs, targets = finite(X, "X"), finite(y, "y").reshape(-1)
     if inputs.ndim != 2 or len(inputs) != len(targets):
         raise DataError(f"X has shape {inputs.shape} and y {targets.shape}", expected="X [N, d] and y [N]")
-    size, batch = len(inputs), sgd._needed("batch_size")
+    size = len(inputs)
+    sgd = sgd.replace(dataset_size=size)
     curvature, basis = np.linalg.eigh(inputs.T @ inputs / size)
     curvature = np.maximum(curvature, 0)
     x = inputs @ basis  # [N, d], in the eigenbasis
-    responses = _responses(sgd, curvature)
+    white = _responses(sgd, curvature)
+    memory = epoch_noise(sgd)
+    coloured = white if memory.white else _epoch_responses(sgd, curvature, memory)
     mean = x.T @ targets / size / (curvature + sgd.weight_decay)
     gradient = x * (x @ mean - targets)[:, None]  # [N, d]
     average = gradient.mean(axis=0)
-    noise = additive = gradient.T @ gradient / size - np.outer(average, average)
+    additive = (gradient.T @ gradient / size - np.outer(average, average)) * sgd.minibatch_factor
+    driven = np.zeros_like(additive)
     if multiplicative:
-        noise = _fixed_point(additive, x, curvature, responses[0] / batch, rtol)
-    rotated = noise / batch
-    return _assemble(responses, basis, rotated, basis @ rotated @ basis.T, basis @ mean)
+        driven = _driven_noise(coloured[0] * additive, x, curvature, white[0], sgd.minibatch_factor, rtol)
+    position, velocity, cross = (
+        basis @ (c * additive + w * driven) @ basis.T for c, w in zip(coloured, white, strict=True)
+    )
+    return CovarianceBlocks(position, velocity, cross, basis @ (additive + driven) @ basis.T, basis @ mean)
 
 
-def _fixed_point(additive: Array, x: Array, curvature: Array, response: Array, rtol: float) -> Array:
-    """Solve S = additive + F(response * S), F the spread-driven part; F preserves positivity, so it converges or grows.
+def _spread_noise(spread: Array, x: Array, curvature: Array) -> Array:
+    """Per-sample gradient covariance that goes with a covariance ``spread`` of the weights, in the eigenbasis."""
+    square = np.einsum("ni,ij,nj->n", x, spread, x, optimize=True)  # x_i^T P x_i
+    return (x * square[:, None]).T @ x / len(x) - curvature[:, None] * spread * curvature
 
-    The iteration is geometric; its last ratio is summed to infinity (Aitken) once it has settled.
-    """
-    noise, before = additive, np.inf
-    scale = np.abs(additive).max()
+
+def _driven_noise(spread: Array, x: Array, curvature: Array, response: Array, factor: float, rtol: float) -> Array:
+    """Solve S = f F(spread + response * S), F = _spread_noise: F keeps positivity, so iterates converge or grow."""
+    noise, before = np.zeros_like(spread), np.inf
+    scale = max(np.abs(spread).max(), 1e-300)
     for count in range(_MOST):
-        spread = response * noise
-        square = np.einsum("ni,ij,nj->n", x, spread, x, optimize=True)  # x_i^T P x_i
-        driven = (x * square[:, None]).T @ x / len(x) - curvature[:, None] * spread * curvature
-        change = additive + driven - noise
+        total = spread + response * noise
+        change = factor * _spread_noise(total, x, curvature) - noise
         size = np.abs(change).max()
         if size <= rtol * np.abs(noise).max():
             return noise + change
-        if not np.isfinite(size) or size > 1e12 * scale or (count > 200 and size >= before):
+        if not np.isfinite(size) or np.abs(total).max() > 1e12 * scale or (count > 200 and size >= before):
             raise UnstableError(
                 "the mean square of the weights diverges: the noise grows with the spread it causes",
-                expected="a learning rate below the mean-square bound (about 2B(1-beta)/Tr H)",
+                expected="a learning rate below the mean-square bound (theory.stability.mean_square_gain < 1)",
                 remedy="lower the learning rate or raise the batch size",
             )
         noise, before = noise + change, size

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import DataError, NonFiniteError
 from .arrays import Array, finite
 
-__all__ = ["Interpretation", "log_quadrature", "quadrature"]
+__all__ = ["Interpretation", "log_quadrature", "quadrature", "stationary_density"]
 
 Interpretation = Literal["ito", "stratonovich", "klimontovich"]
 _ALPHA = {"ito": 0.0, "stratonovich": 0.5, "klimontovich": 1.0}
@@ -112,11 +112,62 @@ def log_quadrature(
     edges = _edges(np.unique(marks), panels)
     z, half = _panel_nodes(edges)  # [p, q], [p]
     d = spread(z)
-    phi = _path_exponent(value(z), d, half)
+    phi, _ = _path_exponent(value(z), d, half)
     alpha = _ALPHA[interpretation]
     log_scale = phi - alpha * np.log(d)
     log_speed = -phi + (alpha - 1) * np.log(d)
     return _log_double_integral(log_scale, log_speed, half, edges[:-1] >= first)
+
+
+def stationary_density(
+    potential: Callable[[Array], ArrayLike],
+    diffusion: Callable[[Array], ArrayLike] | float,
+    x: ArrayLike,
+    low: float,
+    high: float,
+    *,
+    interpretation: Interpretation = "ito",
+    panels: int = 400,
+) -> Array:
+    r"""Stationary density between two reflecting walls, :math:`P\propto D^{\alpha-1}\exp(-\int L'/D)`.
+
+    Zero-current solution of the Fokker-Planck equation; for D proportional to the loss, :math:`D=\eta hL/B`, it is
+    Mori's power law :math:`L^{-(1+B/(\eta h))}` in the Ito reading.
+
+    Args:
+        potential: L(x), vectorised.
+        diffusion: D(x) > 0, vectorised, or a number.
+        x: where the density is wanted, [m], between the walls.
+        low: lower wall.
+        high: upper wall.
+        interpretation: of the noise product.
+        panels: panels of 16 nodes between the walls.
+
+    Returns:
+        Normalised density, [m].
+
+    Raises:
+        DataError: walls, places or diffusion that make no sense.
+        NonFiniteError: the potential or the diffusion is NaN or infinite.
+
+    >>> stationary_density(lambda x: x**2 / 2, 1.0, [0.0], -20.0, 20.0).round(6)
+    array([0.398942])
+    """
+    places = np.atleast_1d(finite(x, "x"))
+    if not low < high or np.any(places < low) or np.any(places > high):
+        raise DataError(f"x leaves the walls {low:g} and {high:g}", expected="low <= x <= high, low < high")
+    edges = np.unique(np.concatenate([np.linspace(low, high, panels + 1), places]))
+    z, half = _panel_nodes(edges)
+    d = np.broadcast_to(_checked(diffusion(z) if callable(diffusion) else diffusion, z, "diffusion"), z.shape)
+    ends = _checked(diffusion(edges) if callable(diffusion) else diffusion, edges, "diffusion")
+    if np.any(d <= 0) or np.any(ends <= 0):
+        raise DataError("the diffusion is not positive between the walls", expected="D(x) > 0")
+    phi, at_edges = _path_exponent(_checked(potential(z), z, "potential"), d, half)
+    power = _ALPHA[interpretation] - 1
+    log_mass = -phi + power * np.log(d)
+    top = log_mass.max()
+    total = (np.exp(log_mass - top) @ _chebyshev()[1][-1] * half).sum()
+    return np.exp(-at_edges + power * np.log(ends) - top)[np.searchsorted(edges, places)] / total
 
 
 def _checked(value: ArrayLike, z: Array, name: str) -> Array:
@@ -173,13 +224,13 @@ def _panel_nodes(edges: Array) -> tuple[Array, Array]:
     return (edges[:-1] + half)[:, None] + half[:, None] * nodes, half
 
 
-def _path_exponent(level: Array, d: Array, half: Array) -> Array:
-    """Phi at the nodes, [p, q]: the integral of L'/D from the first edge."""
+def _path_exponent(level: Array, d: Array, half: Array) -> tuple[Array, Array]:
+    """Phi, the integral of L'/D from the first edge, at the nodes [p, q] and at the edges [p + 1]."""
     _, cumulative, derivative = _chebyshev()
     ratio = (level @ derivative.T) / d  # (dL/dz)/D times the panel's half width
     inside = ratio @ cumulative.T  # [p, q + 1]
-    offset = np.concatenate([[0.0], np.cumsum(inside[:-1, -1])])
-    return offset[:, None] + inside[:, :-1]
+    edges = np.concatenate([[0.0], np.cumsum(inside[:, -1])])
+    return edges[:-1, None] + inside[:, :-1], edges
 
 
 def _log_double_integral(

@@ -18,6 +18,7 @@ __all__ = [
     "curvature_from_flatness",
     "direction_temperature",
     "flatness_from_curvature",
+    "minibatch_loss_temperature",
     "noise_exponent",
     "random_walk_pca",
     "variance_exponent",
@@ -79,6 +80,38 @@ def direction_temperature(lr: float, noise_variance: ArrayLike) -> Array:
     array([0.05, 0.1 ])
     """
     return lr / 2 * finite(noise_variance, "noise_variance")
+
+
+def minibatch_loss_temperature(
+    lr: float, displacement: ArrayLike, curvature_variance: float, force_variance: float, covariance: float = 0.0
+) -> Array:
+    r"""Temperature along a direction when minibatch losses are random parabolas, a parabola in the displacement.
+
+    :math:`T(\delta)=\frac\alpha2[\langle s^2\rangle+\mathrm{Var}(m)\,\delta^2-2\mathrm{Cov}(m,s)\,\delta]` for
+    minibatch losses of curvature m and force s = m (their minimum), origin where the mean force vanishes (Feng & Tu
+    2021, algebra derived). Divided by the mean curvature, T(0) is the variance that white noise would give.
+
+    Args:
+        lr: learning rate alpha.
+        displacement: delta along the direction, any shape.
+        curvature_variance: Var(m) over minibatches.
+        force_variance: mean square of s over minibatches.
+        covariance: Cov(m, s).
+
+    Returns:
+        T, same shape, in units of the loss.
+
+    Raises:
+        DataError: a negative variance, or a covariance that no minibatches can have.
+
+    >>> minibatch_loss_temperature(0.1, [0.0, 1.0], 2.0, 1.0)
+    array([0.05, 0.15])
+    """
+    m, s, c = (float(finite(v, "variance")) for v in (curvature_variance, force_variance, covariance))
+    if m < 0 or s < 0 or c * c > m * s * (1 + 1e-9):
+        raise DataError(f"Var(m) = {m:g}, <s^2> = {s:g}, Cov = {c:g}", expected="variances >= 0, Cov^2 <= Var(m) <s^2>")
+    delta = finite(displacement, "displacement")
+    return lr / 2 * (s + m * delta**2 - 2 * c * delta)
 
 
 def variance_from_temperature(lr: float, temperature: ArrayLike, correlation_time: ArrayLike) -> Array:

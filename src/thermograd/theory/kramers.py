@@ -17,6 +17,7 @@ from .arrays import Array, finite
 
 __all__ = [
     "Prefactor",
+    "escape_exponent_adam",
     "escape_exponent_sgd",
     "escape_time_momentum",
     "escape_time_sgd",
@@ -108,6 +109,38 @@ def escape_exponent_sgd(
         raise DataError(f"path is {path}", expected="a number between 0 and 1")
     inverse = path / _positive(minimum_curvature, "minimum_curvature") + (1 - path) / _saddle(saddle_curvature)
     return 2 * sgd._needed("batch_size") / sgd.effective_lr * _positive(barrier, "barrier") * inverse
+
+
+def escape_exponent_adam(
+    sgd: SGD, barrier: ArrayLike, minimum_curvature: ArrayLike, saddle_curvature: ArrayLike, *, path: float = 0.5
+) -> Array:
+    r"""Exponent of the escape time under an adaptive learning rate (Adam), to leading order.
+
+    :math:`\psi=\frac{2\sqrt B\Delta L}{\eta}\big(\frac{s}{\sqrt{H_{ae}}}+\frac{1-s}{\sqrt{|H_{be}|}}\big)`
+    (Xie et al. 2022, Adai): dividing by the root of the second moment, itself :math:`H/B`, takes the square root of the
+    dependence on sharpness. Adaptive inertia (Adai) restores :func:`escape_exponent_sgd` of plain SGD.
+
+    Args:
+        sgd: learning rate and batch size (of Adam).
+        barrier: loss at the saddle less loss at the minimum, > 0.
+        minimum_curvature: curvature at the minimum along the escape direction, > 0.
+        saddle_curvature: curvature at the saddle along it, < 0.
+        path: s in (0, 1).
+
+    Returns:
+        psi, broadcast over the arguments.
+
+    Raises:
+        DataError: a sign or a path that makes no sense.
+
+    >>> float(escape_exponent_adam(SGD(lr=0.1, batch_size=4), 0.25, 4.0, -1.0))
+    7.5
+    """
+    if not 0 <= path <= 1:
+        raise DataError(f"path is {path}", expected="a number between 0 and 1")
+    a, b = _positive(minimum_curvature, "minimum_curvature"), _saddle(saddle_curvature)
+    inverse = path / np.sqrt(a) + (1 - path) / np.sqrt(b)
+    return 2 * np.sqrt(sgd._needed("batch_size")) / sgd.lr * _positive(barrier, "barrier") * inverse
 
 
 def escape_time_sgd(

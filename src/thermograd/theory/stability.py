@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from ..errors import DataError, NotAvailableError, UnstableError
 from ..hyperparameters import SGD
 from .arrays import finite
-from .covariance import _responses
+from .covariance import _responses, _spread_noise
 
 __all__ = ["gaussian_gain", "largest_dimension", "largest_stable_curvature", "mean_square_gain"]
 
@@ -121,9 +121,7 @@ def mean_square_gain(sgd: SGD, X: ArrayLike, *, iterations: int = 2000, rtol: fl
         return float("inf")
     noise, gain = np.diag(curvature) / np.linalg.norm(curvature), 0.0
     for _ in range(iterations):
-        spread = response * noise
-        square = np.einsum("ni,ij,nj->n", x, spread, x, optimize=True)
-        driven = (x * square[:, None]).T @ x / size - curvature[:, None] * spread * curvature
+        driven = _spread_noise(response * noise, x, curvature)
         new = float(np.linalg.norm(driven))
         if new == 0:
             return 0.0

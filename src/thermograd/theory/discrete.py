@@ -1,0 +1,255 @@
+r"""Discrete minibatch SGD on Gaussian linear regression: what the continuous escape theories approximate.
+
+Fresh samples :math:`x\sim N(0,A)`, :math:`y=x\cdot\theta^*+N(0,\sigma^2)`, loss :math:`\frac12(x\cdot\theta-y)^2`, so
+that :math:`L^*=\sigma^2/2` and the Hessian is A. In units :math:`u=(\theta-\theta^*)\sqrt h/\sigma` a direction of
+curvature h obeys :math:`u\to u-\eta h\,\overline{x(xu-y)}` with standard normal x and y, and :math:`L/L^*=1+u^2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import gammaln, ndtr, roots_legendre
+
+from ..errors import ConvergenceError, DataError, NotAvailableError, UnstableError
+from ..hyperparameters import SGD
+from .arrays import Array, finite
+from .power_law import _thresholds
+from .stability import gaussian_gain
+
+__all__ = [
+    "first_passage_steps",
+    "gaussian_regression_variance",
+    "kernel_passage_steps",
+    "kesten_index",
+    "quasi_potential",
+]
+
+
+def gaussian_regression_variance(sgd: SGD, curvature: ArrayLike, label_noise: float) -> Array:
+    r"""Stationary variance of each mode under minibatches of fresh Gaussian samples, exact, heavy ball.
+
+    :math:`S_i=\frac{\sigma^2}{B}\big(1+\frac{\kappa}{B}\big)\frac{\eta}{G_i}`,
+    :math:`G=2(1-\beta)-\big(\frac{1-\beta}{1+\beta}+\frac1B\big)\eta A`,
+    :math:`\kappa=\frac{\mathrm{Tr}[\eta AG^{-1}]}{1-\mathrm{Tr}[\eta AG^{-1}]/B}` (Ziyin et al. 2022, Theorem 2).
+
+    Args:
+        sgd: hyperparameters with a batch size; no Nesterov, dampening or weight decay.
+        curvature: eigenvalues of A, [n].
+        label_noise: variance of y around the fit, sigma^2.
+
+    Returns:
+        [n], in squared weights.
+
+    Raises:
+        UnstableError: the mean square diverges.
+        NotAvailableError: Nesterov, dampening or weight decay.
+
+    >>> round(float(gaussian_regression_variance(SGD(lr=0.1, batch_size=1), np.ones(10), 1.0).sum()), 6)  # E |theta|^2
+    1.25
+    """
+    a = np.atleast_1d(finite(curvature, "curvature"))
+    gain = gaussian_gain(sgd, a)
+    if gain >= 1:
+        raise UnstableError(
+            f"the mean square diverges (stability number {gain:g})",
+            expected="a stability number below 1",
+            remedy="lower the learning rate or the number of directions, or raise the batch size",
+        )
+    batch, beta = sgd._needed("batch_size"), sgd.momentum
+    g = 2 * (1 - beta) - ((1 - beta) / (1 + beta) + 1 / batch) * sgd.lr * a
+    return float(finite(label_noise, "label_noise")) / batch / (1 - gain) * sgd.lr / g
+
+
+def kesten_index(sgd: SGD, curvature: float) -> float:
+    r"""Index of the true far tail in one dimension, :math:`P(|\theta|>R)\sim R^{-k}`.
+
+    Kesten: :math:`E\,|1-\frac{\eta h}{B}\chi^2_B|^k=1`, without momentum. As :math:`\eta\to0`,
+    :math:`k\to1.796\,B/(\eta h)` (the continuous theory with noise 2LH/B gives 2, derived).
+
+    Args:
+        sgd: hyperparameters with a batch size, no momentum.
+        curvature: h > 0.
+
+    Returns:
+        k > 0.
+
+    Raises:
+        UnstableError: there is no stationary state (E log of the factor is not negative).
+        NotAvailableError: momentum or weight decay.
+
+    >>> round(kesten_index(SGD(lr=1.0, batch_size=10), 1.0), 1)
+    7.5
+    """
+    if sgd.momentum or sgd.weight_decay:
+        raise NotAvailableError("the Kesten index is for plain SGD", remedy="set momentum and weight_decay to 0")
+    batch = sgd._needed("batch_size")
+    step = sgd.lr * float(finite(curvature, "curvature")) / batch
+    if not step > 0:
+        raise DataError(f"the curvature is {curvature}", expected="a number > 0")
+    # nodes for chi^2_B in w = log of it, dense where the factor vanishes and the integrand has a kink
+    w = np.unique(np.concatenate([np.linspace(-60, 12, 60_001), -np.log(step) + np.linspace(-1, 1, 20_001)]))
+    chi = np.exp(w)
+    log_density = batch / 2 * w - chi / 2 - batch / 2 * np.log(2) - gammaln(batch / 2)
+    with np.errstate(divide="ignore"):
+        log_factor = np.log(np.abs(1 - step * chi))
+
+    def excess(k: float) -> float:
+        exponent = log_density + np.where(np.isfinite(log_factor), k * log_factor, -np.inf if k else 0.0)
+        top = exponent.max()
+        return float(top + np.log(np.trapezoid(np.exp(exponent - top), w)))
+
+    slope = np.trapezoid(np.exp(log_density) * np.where(np.isfinite(log_factor), log_factor, 0), w)
+    if slope >= 0:
+        raise UnstableError("the weights run away: the mean logarithm of the factor is not negative")
+    high = 1.0
+    while excess(high) < 0:
+        high *= 2
+        if high > 1e7:
+            raise ConvergenceError("no tail index below 1e7", remedy="raise the learning rate: the tail is too thin")
+    low = high / 2
+    while excess(low) >= 0:
+        low /= 2
+    return float(brentq(excess, low, high, rtol=1e-10))
+
+
+def quasi_potential(sgd: SGD, curvature: float, loss_ratio: ArrayLike) -> Array:
+    r"""Exponent V of the exact one-dimensional first-passage time, :math:`T\sim e^{V/\eta}` at vanishing step size.
+
+    :math:`V=\frac Bh(c-1)` up to c = 2: an Arrhenius law in the loss, not a power law; beyond, one large sample is
+    cheaper, :math:`V=\frac Bh\min_u[u^2+(R+u)(\sqrt{1+u^2}-u)]`, :math:`R=\sqrt{c-1}` (derived).
+
+    Args:
+        sgd: hyperparameters with a batch size.
+        curvature: h > 0.
+        loss_ratio: c > 1, [m] or a number.
+
+    Returns:
+        V, [m]; divide by the learning rate for the exponent.
+
+    Raises:
+        DataError: a threshold not above the minimum.
+
+    >>> quasi_potential(SGD(lr=0.1, batch_size=1), 1.0, [1.5, 2.0, 4.0]).round(2)
+    array([0.5, 1. , 1.6])
+    """
+    values = []
+    for c in _thresholds(loss_ratio):
+        reach = np.sqrt(c - 1)
+
+        def jump(u: float, reach: float = reach) -> float:
+            return u**2 + (reach + u) * (np.sqrt(1 + u**2) - u)
+
+        values.append(min(reach**2, minimize_scalar(jump, bounds=(0, max(reach, 1e-9)), method="bounded").fun))
+    return sgd._needed("batch_size") / float(finite(curvature, "curvature")) * np.array(values)
+
+
+def kernel_passage_steps(cumulative: Callable[[Array, Array], Array], edges: Array) -> Array:
+    """Mean number of steps to leave [edges[0], edges[-1]] for any discrete chain in one dimension.
+
+    The chain is watched after every step. Its kernel is cut into cells, and the linear system is solved by state
+    reduction (Grassmann, Taksar & Heyman), which subtracts nothing, so times of 1e12 steps keep their digits.
+
+    Args:
+        cumulative: P(next <= b | now = x) for columns x [n, 1] and rows b [1, m], returns [n, m].
+        edges: cell edges, ascending, [m]; the chain is inside between the first and the last.
+
+    Returns:
+        Steps from the middle of each cell, [m - 1].
+
+    Raises:
+        DataError: edges that do not ascend, or probabilities that are not.
+
+    >>> edges = np.linspace(0, 1, 5)
+    >>> kernel_passage_steps(lambda x, b: 0.5 * b + 0 * x, edges)  # leaves with probability 1/2 a step
+    array([2., 2., 2., 2.])
+    """
+    edges = finite(edges, "edges")
+    if edges.ndim != 1 or len(edges) < 2 or np.any(np.diff(edges) <= 0):
+        raise DataError("edges must ascend", expected="two or more increasing numbers")
+    middle = (edges[1:] + edges[:-1]) / 2
+    below = finite(cumulative(middle[:, None], edges[None, :]), "cumulative")
+    inside = np.diff(below, axis=1)  # [n, n]
+    leave = below[:, 0] + (1 - below[:, -1])
+    if np.any(inside < -1e-9) or np.any(leave < -1e-9):
+        raise DataError("the kernel has negative probabilities", expected="a cumulative distribution in b")
+    return _reduce(np.maximum(inside, 0), np.maximum(leave, 0))
+
+
+def _reduce(inside: Array, leave: Array) -> Array:
+    """Solve (1 - inside) t = 1 by eliminating cells from the last to the first, without subtraction."""
+    p, out, steps = inside.copy(), leave.copy(), np.ones(len(leave))
+    n = len(leave)
+    for k in range(n - 1, 0, -1):
+        away = p[k, :k].sum() + out[k]  # 1 - p[k, k], as a sum
+        if away <= 0:
+            raise UnstableError("a cell is never left, so the passage time is infinite")
+        share = p[:k, k] / away
+        p[:k, :k] += np.outer(share, p[k, :k])
+        out[:k] += share * out[k]
+        steps[:k] += share * steps[k]
+    if out[0] <= 0:
+        raise UnstableError("the interval is never left, so the passage time is infinite")
+    times = np.empty(n)
+    times[0] = steps[0] / out[0]
+    for k in range(1, n):  # t_k = (steps_k + sum_{j<k} p_kj t_j) / (1 - p_kk)
+        times[k] = (steps[k] + p[k, :k] @ times[:k]) / (p[k, :k].sum() + out[k])
+    return times
+
+
+def _half_normal() -> tuple[Array, Array]:
+    """Nodes and weights for the mean over |x|, x standard normal: panels that resolve x near 0 and far tails."""
+    node, weight = roots_legendre(24)
+    edges = np.array([0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 2.5, 4, 6, 9, 13])
+    half = np.diff(edges)[:, None] / 2
+    x = (edges[:-1, None] + half + half * node).ravel()
+    return x, (half * weight).ravel() * np.sqrt(2 / np.pi) * np.exp(-(x**2) / 2)
+
+
+def first_passage_steps(sgd: SGD, curvature: float, loss_ratio: ArrayLike, *, cells: int = 300) -> Array:
+    r"""Exact mean number of steps of single-sample SGD until the loss reaches c times its minimum, one dimension.
+
+    Transition kernel of :math:`u\to u-\eta h\,x(xu-y)` folded to |u|, fresh Gaussian samples, batch size 1, watched
+    after every step, extrapolated from two cell sizes. Start at the minimum. Compare
+    :func:`thermograd.theory.power_law.mean_first_passage_time`, the continuous theory, and :func:`quasi_potential`.
+
+    Args:
+        sgd: hyperparameters with batch_size 1, no momentum or weight decay.
+        curvature: h > 0.
+        loss_ratio: c > 1, [m] or a number.
+        cells: of the finer grid.
+
+    Returns:
+        Steps, [m].
+
+    Raises:
+        NotAvailableError: another batch size, momentum or weight decay.
+        DataError: a threshold not above the minimum.
+
+    >>> first_passage_steps(SGD(lr=0.1, batch_size=1), 1.0, 1.5, cells=200).round(-1)
+    array([780.])
+    """
+    if sgd.momentum or sgd.weight_decay or sgd._needed("batch_size") != 1:
+        raise NotAvailableError(
+            "the kernel is for plain SGD with single samples", remedy="use simulate.linear_regression_first_passage"
+        )
+    step = sgd.lr * float(finite(curvature, "curvature"))
+    x, weight = _half_normal()
+
+    def cumulative(u: Array, b: Array) -> Array:
+        total = np.zeros(np.broadcast_shapes(u.shape, b.shape))
+        for xi, wi in zip(x, weight, strict=True):
+            centre, spread = u * (1 - step * xi**2), step * xi
+            total += wi * (ndtr((b - centre) / spread) - ndtr((-b - centre) / spread))
+        return total  # P(|next| <= b), so that the fold at zero leaves nothing below
+
+    times = []
+    for c in _thresholds(loss_ratio):
+        coarse, fine = (
+            kernel_passage_steps(cumulative, np.linspace(0, np.sqrt(c - 1), n + 1))[0] for n in (cells // 2, cells)
+        )
+        times.append(fine + (fine - coarse) / 3)
+    return np.array(times)
