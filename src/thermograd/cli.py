@@ -202,10 +202,14 @@ def _say(text: str) -> None:
 
 def _run(config: Config, folder: Path, *, overwrite: bool, again: str) -> None:
     _known_laws(None if config.measure.laws == "all" else config.measure.laws)
+    from .runfolder import refuse_other_run, write_config
     from .training import is_complete, rebuild, train
 
-    if not overwrite and is_complete(folder):
-        _say(f"{escape(str(folder))} is trained already; measuring it again.")
+    if not overwrite:
+        refuse_other_run(folder, config)
+        if is_complete(folder):
+            _say(f"{escape(str(folder))} is trained already; measuring it again.")
+            write_config(folder, config)  # what to measure may have changed
     try:
         train(config, folder, overwrite=overwrite)
     except KeyboardInterrupt:

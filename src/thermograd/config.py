@@ -235,8 +235,10 @@ def load(path: str | os.PathLike[str]) -> Config:
         ConfigError: the file is absent or not TOML (with line and column), or a key or a value is wrong.
     """
     path = Path(path).expanduser()
+    text = ""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(
             f"there is no file {path.absolute()}",
@@ -246,8 +248,10 @@ def load(path: str | os.PathLike[str]) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", expected="a text file in TOML") from None
     except tomllib.TOMLDecodeError as error:
+        lines = text.splitlines() or [""]
+        end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file"
         raise ConfigError(
-            f"{path} is not valid TOML: {error}",
+            f"{path} is not valid TOML: {str(error).replace('at end of document', end)}",
             expected='lines such as [section] and key = value, with text in "quotes"',
         ) from None
     config = Config.from_dict(values, str(path))

@@ -17,7 +17,17 @@ from .errors import ConfigError, StoreError
 from .problem import Problem
 from .trajectory.lock import WriterLock
 
-__all__ = ["CONFIG", "claim", "is_complete", "read_checkpoint", "rebuild", "total_steps", "write_checkpoint"]
+__all__ = [
+    "CONFIG",
+    "claim",
+    "is_complete",
+    "read_checkpoint",
+    "rebuild",
+    "refuse_other_run",
+    "total_steps",
+    "write_checkpoint",
+    "write_config",
+]
 
 CONFIG, CHECKPOINT = "config.toml", "checkpoint.pt"
 _MADE_HERE = (CONFIG, CHECKPOINT, "report.html")
@@ -62,31 +72,39 @@ def rebuild(path: str | os.PathLike[str]) -> Problem:
     return problem
 
 
-def claim(folder: Path, config: Config, overwrite: bool) -> None:
-    """Make the folder this configuration's: refuse another run's, or clear it away if asked."""
-    held = (folder / CONFIG).is_file()
-    if not held and (folder / "store.zarr").exists() and not overwrite:
-        raise StoreError(
-            f"{folder} holds a run that was not made from a configuration",
-            expected="a new folder or an interrupted run of the same configuration",
-            remedy="choose another folder, or overwrite it",
-        )
-    if held and not overwrite:
-        present = configuration.load(folder / CONFIG)
-        if config.trains_like(present):
-            _write_config(folder, config)  # what is to be measured may have changed
-            return
+def refuse_other_run(folder: Path, config: Config) -> None:
+    """Refuse a folder that holds something else than a run of this configuration.
+
+    Raises:
+        ConfigError: it holds a run of another configuration; the differences are named.
+        StoreError: it holds a run that was not made from a configuration.
+    """
+    if not (folder / CONFIG).is_file():
+        if (folder / "store.zarr").exists():
+            raise StoreError(
+                f"{folder} holds a run that was not made from a configuration",
+                expected="a new folder or an interrupted run of the same configuration",
+                remedy="choose another folder, or overwrite it",
+            )
+        return
+    present = configuration.load(folder / CONFIG)
+    if not config.trains_like(present):
         theirs, mine = (c.replace("run", out=None, path=[]) for c in (present, config))
         raise ConfigError(
             f"{folder} holds a run of another configuration ({'; '.join(theirs.differences(mine)[:5])})",
             expected="the configuration that the run was started with",
             remedy="choose another folder with --out, or pass --overwrite to start anew",
         )
+
+
+def claim(folder: Path, config: Config, overwrite: bool) -> None:
+    """Make the folder this configuration's; clear another run away if asked. What to measure may have changed."""
     if overwrite:
         for name in _MADE_HERE:
             (folder / name).unlink(missing_ok=True)
         _remove_store(folder)
-    _write_config(folder, config)
+    refuse_other_run(folder, config)
+    write_config(folder, config)
 
 
 def _remove_store(folder: Path) -> None:
@@ -98,7 +116,8 @@ def _remove_store(folder: Path) -> None:
             lock.release()
 
 
-def _write_config(folder: Path, config: Config) -> None:
+def write_config(folder: Path, config: Config) -> None:
+    """Replace the configuration kept in the folder, every default filled in."""
     text = config.replace("run", out=None).to_toml()
     new = folder / f".{CONFIG}.new"
     new.write_text(f"# every setting of this run, defaults included\n{text}", encoding="utf-8")

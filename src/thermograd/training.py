@@ -26,7 +26,15 @@ from .errors import DivergedError, LossError, NonFiniteError, StoreError, Thermo
 from .losses import per_sample_loss
 from .problem import Problem
 from .progress import bar
-from .runfolder import claim, is_complete, read_checkpoint, rebuild, total_steps, write_checkpoint
+from .runfolder import (
+    claim,
+    is_complete,
+    read_checkpoint,
+    rebuild,
+    refuse_other_run,
+    total_steps,
+    write_checkpoint,
+)
 from .trajectory import Recorder, write_group
 from .trajectory.lock import WriterLock
 
@@ -65,6 +73,11 @@ def train(
     if not isinstance(config, Config):
         config = configuration.load(config)
     folder = Path(path or config.run.out or "runs/run")
+    if not overwrite:
+        refuse_other_run(folder, config)
+        if is_complete(folder):
+            return folder
+    experiment = build(config)  # before anything is written: a wrong name leaves no folder behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = WriterLock(folder / ".training.lock")
@@ -72,9 +85,7 @@ def train(
         raise StoreError(f"the run folder {folder} cannot be made: {error}") from error
     try:
         claim(folder, config, overwrite)
-        saved = read_checkpoint(folder)
-        if saved is None or saved["step"] < total_steps(config):
-            _train(config, build(config), folder, saved)
+        _train(config, experiment, folder, read_checkpoint(folder))
     finally:
         lock.release()
     return folder
