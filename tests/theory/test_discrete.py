@@ -120,6 +120,19 @@ def test_adam_feels_sharpness_less():
     assert adam[0] / adam[1] == pytest.approx(2)
 
 
+@pytest.mark.parametrize("inverse", [3, 10, 30])
+@pytest.mark.parametrize(
+    ("ratio", "low", "high"),
+    [(1.0, 2.0, 2.0), (0.9, 1.65, 1.74), (0.6, 1.27, 1.31), (0.3, 1.07, 1.09), (0.1, 1.01, 1.01)],
+)
+def test_effective_number_of_unequal_directions(inverse, ratio, low, high):
+    sgd = SGD(lr=1 / inverse, batch_size=1)
+    slope = power_law.two_curvature_slope(sgd, [ratio, 1.0])
+    effective = 2 * (inverse + 1 - slope)
+    assert low - 0.01 <= effective <= high + 0.01
+    assert power_law.two_curvature_slope(sgd.replace(lr=2 / inverse), [0.5, 0.5 * ratio]) == pytest.approx(slope)
+
+
 def test_bad_input_is_refused_with_the_reason():
     with pytest.raises(NotAvailableError):
         discrete.first_passage_steps(SGD(lr=0.1, batch_size=2), 1.0, 2.0)

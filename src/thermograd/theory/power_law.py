@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import brentq
 from scipy.special import gammaln
 
 from ..errors import DataError, UnstableError
@@ -29,6 +30,7 @@ __all__ = [
     "stationary_exponent",
     "stationary_exponent_discrete",
     "tail_index",
+    "two_curvature_slope",
 ]
 
 
@@ -152,6 +154,52 @@ def effective_dimension(curvature: ArrayLike) -> float:
     if h.size == 0 or h.max() <= 0:
         raise UnstableError("no curvature is positive", expected="a positive outlier eigenvalue")
     return float((h**2).sum() / h.max() ** 2)
+
+
+def two_curvature_slope(sgd: SGD, curvature: ArrayLike, *, nodes: int = 96) -> float:
+    r"""Exact slope of log first-passage time on log loss ratio >> 1 for two unequal curvatures.
+
+    Far out :math:`dz_i=-h_iz_idt+\sqrt{(\eta/B)h_i\,z^THz}\,dW_i` is scale free: the slope is k/2, k > 0 the root of
+    :math:`\Lambda(k)=0`, Lambda the principal eigenvalue of the generator on :math:`r^kg(\phi)` (derived; Fourier
+    collocation). Written :math:`\frac{B}{\eta h_{max}}+1-\frac{n}{2}` it defines the effective number n of directions:
+    2 for equal curvatures, about :math:`\mathrm{Tr}H^2/h_{max}^2` otherwise (:func:`effective_dimension`).
+
+    Args:
+        sgd: hyperparameters with a batch size.
+        curvature: the two eigenvalues, > 0.
+        nodes: of the collocation.
+
+    Returns:
+        The slope.
+
+    Raises:
+        UnstableError: a curvature that is not positive.
+        DataError: not two curvatures.
+
+    >>> round(two_curvature_slope(SGD(lr=0.2, batch_size=1), [1.0, 1.0]), 6)  # B/(eta h) + 1 - 2/2
+    5.0
+    """
+    a = float(inverse_noise(sgd, curvature).min())  # B / (eta h_max)
+    h = finite(curvature, "curvature")
+    if h.shape != (2,):
+        raise DataError(f"curvature has shape {h.shape}", expected="two eigenvalues")
+    h1, h2 = h / h.max()
+    angle = np.pi * np.arange(nodes) / nodes  # g has period pi
+    c, s = np.cos(angle), np.sin(angle)
+    wave = 2j * np.fft.fftfreq(nodes, 1 / nodes)
+    eye = np.fft.fft(np.eye(nodes), axis=0)
+    first = np.fft.ifft(wave[:, None] * eye, axis=0).real
+    second = np.fft.ifft(wave[:, None] ** 2 * eye, axis=0).real
+    q = h1 * c**2 + h2 * s**2
+
+    def growth(k: float) -> float:
+        xx = np.diag(c**2 * k * (k - 1) + s**2 * k) - (2 * s * c * (k - 1))[:, None] * first + (s**2)[:, None] * second
+        yy = np.diag(s**2 * k * (k - 1) + c**2 * k) + (2 * s * c * (k - 1))[:, None] * first + (c**2)[:, None] * second
+        drift = np.diag(q * k) + ((h2 - h1) * s * c)[:, None] * first
+        return float(np.linalg.eigvals(-drift + (q / (2 * a))[:, None] * (h1 * xx + h2 * yy)).real.max())
+
+    top = 2 * (a + 1)  # n = 0; one direction alone gives n = 1
+    return float(brentq(growth, 0.4 * (top - 2), top, rtol=1e-10)) / 2
 
 
 def log_escape_rate(

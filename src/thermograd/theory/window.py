@@ -71,6 +71,7 @@ def weight_variance_window(
     :math:`E\frac1T\sum_k(\theta_k-\hat\theta_k)^2=\sum_{m=1}^{T-1}w_T(m)D_c(m\,n_{every})` with
     :func:`window_weights`; a diffusing mode (white noise, T far below its relaxation time) shows
     :math:`(\eta/(1-\beta))^2 sT/6` with the mean removed and :math:`(\eta/(1-\beta))^2 sT/15` with a line removed.
+    Averaged over where in its epoch the window begins.
 
     Args:
         sgd: hyperparameters.
