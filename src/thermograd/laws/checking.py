@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..errors import HyperparameterError, NotAvailableError, TooShortError
 from ..hyperparameters import SGD
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from ..problem import Problem
 
 __all__ = ["check"]
+
+_SMALL = 20_000  # weights
 
 
 def check(
@@ -40,8 +45,9 @@ def check(
         run: the run's folder (or its open tree).
         problem: the network, loss and data that the run was made with.
         laws: ``"all"``, or names from :func:`thermograd.laws.catalogue`.
-        window: which recorded rows to look at, as in :func:`thermograd.trajectory.select`: None for all, a number
-            for the last rows, a fraction for the last part.
+        window: which recorded rows to look at, as in :func:`thermograd.trajectory.select`: by default from
+            where the loss has settled; a number for the last rows, a fraction for the last part, ``slice(None)`` for
+            all.
         sgd: hyperparameters, when the recorder could not find out batch size or sampling scheme.
         modes: how many of the sharpest Hessian modes the per-mode laws look at.
         window_epochs: length, in epochs, of the windows in which fluctuations are measured.
@@ -57,9 +63,9 @@ def check(
     chosen: list[Law] = (
         list(catalogue()) if laws == "all" else [find(n) for n in ([laws] if isinstance(laws, str) else laws)]
     )
-    evidence = Evidence(run, problem, window=window, sgd=sgd, modes=modes, window_epochs=window_epochs, seed=seed)
     comparisons = []
-    with bar("checking laws", total=len(chosen)) as progress:
+    with _threads_for(problem), bar("checking laws", total=len(chosen)) as progress:
+        evidence = Evidence(run, problem, window=window, sgd=sgd, modes=modes, window_epochs=window_epochs, seed=seed)
         for law in chosen:
             progress.advance(0, f"law: {law.title}")
             comparisons.append(_compare(law, evidence))
@@ -69,6 +75,18 @@ def check(
         save_measurements(evidence, run)
         sheet.save(Path(run))
     return sheet
+
+
+@contextlib.contextmanager
+def _threads_for(problem: Problem) -> Iterator[None]:
+    """One thread for small networks, where handing work to others costs more than it saves."""
+    before = torch.get_num_threads()
+    if problem.P < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _compare(law: Law, evidence: Evidence) -> Comparison:
@@ -89,16 +107,24 @@ def facts(evidence: Evidence) -> dict[str, Any]:
     noted = evidence._given.to_dict() if evidence._given else evidence.recorded_sgd
     known = {k: v for k, v in noted.items() if v not in (None, False) and not (k == "dampening" and v == 0)}
     return {
-        "problem": repr(problem),
+        **_names(problem),
         "weights": problem.P,
         "samples": problem.N,
-        "recorded steps": f"{evidence.steps[0]} to {evidence.steps[-1]}",
+        "steps looked at": f"{evidence.steps[0]} to {evidence.steps[-1]} ({len(evidence.steps)} recorded)",
         "optimizer": evidence.optimizer,
         **{k.replace("_", " "): v for k, v in known.items()},
         "loss at the centre": f"{evidence.loss:.4g}",
         "seed": evidence.seed,
         "thermograd": __version__,
     }
+
+
+def _names(problem: Problem) -> dict[str, str]:
+    """Model and loss by name."""
+    if problem.model is None:
+        return {"model": "a function of the weights"}
+    loss = getattr(problem.criterion, "__name__", type(problem.criterion).__name__)
+    return {"model": type(problem.model).__name__, "loss": loss}
 
 
 def save_measurements(evidence: Evidence, run: str | os.PathLike[str]) -> None:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     import xarray
 
     from ..problem import Problem
+    from ..trajectory import Selection
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "settled_row"]
 
 Array = NDArray[np.float64]
 
@@ -39,8 +40,8 @@ class Evidence:
     Args:
         run: a run's folder or its open tree.
         problem: the network, loss and data that the run was made with.
-        window: which recorded rows to look at, as in :func:`thermograd.trajectory.select`; default all of the last
-            uninterrupted stretch.
+        window: which recorded rows to look at, as in :func:`thermograd.trajectory.select`; default those of the last
+            uninterrupted stretch from where the loss has settled (see :func:`settled_row`).
         sgd: the hyperparameters, when the run does not know them (all).
         modes: how many of the sharpest Hessian modes the per-mode laws look at.
         window_epochs: length of a window in epochs.
@@ -70,15 +71,16 @@ class Evidence:
         if "trajectory" not in self.run.children:
             raise StoreError("the run has no recorded trajectory", remedy="record one with thermograd.Recorder")
         self.attrs = self.run["trajectory"].attrs
-        self.path = select(self.run, window, minimum=2)
-        self.steps = np.asarray(self.path.steps, dtype=np.int64)  # [T]
-        if self.path.P != problem.P:
+        whole = select(self.run, window, minimum=2)
+        if whole.P != problem.P:
             raise InputError(
-                f"the run holds {self.path.P} weights and the problem {problem.P}",
+                f"the run holds {whole.P} weights and the problem {problem.P}",
                 expected="the problem that the run was recorded with",
                 remedy="build the problem with the same model and the same params=",
             )
         self.problem, self.seed = problem, seed
+        self.path = whole if window is not None else whole.rows(settled_row(self, whole), whole.T)
+        self.steps = np.asarray(self.path.steps, dtype=np.int64)  # [T]
         self.max_modes, self.window_epochs, self.noise_points = modes, window_epochs, noise_points
         self._given = sgd
 
@@ -337,3 +339,31 @@ class Evidence:
         draws = generator.integers(0, count, (200, count))
         values = [statistic(self.sample_noise[draw].mean(0) * self.sgd.minibatch_factor) for draw in draws]
         return float(np.std(values, ddof=1))
+
+
+_LOOKS = 40  # weights at which the loss is looked at to find where it has settled
+_SETTLED = 0.1  # relative difference of the mean losses of two halves that counts as settled
+
+
+def settled_row(evidence: Evidence, path: Selection) -> int:
+    """First of the rows 0, T/4, T/2 or 3T/4 from which the full training loss has settled.
+
+    Settled means that its means over the first and second half of what is left differ by less than 10%. When it
+    never settles, the last quarter is used, and the laws that presuppose a steady state judge for themselves.
+    """
+    rows = np.unique(np.linspace(0, path.T - 1, _LOOKS).round().astype(int))
+    if len(rows) < 8:
+        return 0
+    problem = evidence.problem
+    losses = np.array(
+        [
+            float(problem.loss(path.read(row, row + 1)[0], evidence.samples))
+            for row in track(rows, "where the loss settles")
+        ]
+    )
+    for quarter in range(3):
+        left = losses[quarter * len(losses) // 4 :]
+        first, second = left[: len(left) // 2].mean(), left[len(left) // 2 :].mean()
+        if abs(first - second) <= _SETTLED * max(abs(first), abs(second)):
+            return int(rows[quarter * len(losses) // 4])
+    return int(rows[3 * len(losses) // 4])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from .evidence import Evidence
 from .fits import bootstrap
-from .law import Assumption, Law, Measured
+from .law import Assumption, Comparison, Law, Measured
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["FluctuationDissipation"]
 
@@ -28,7 +31,7 @@ class FluctuationDissipation(Law):
     quantity = "left / right side"
     tolerance = 0.05
     xlabel = "step"
-    ylabel = "left / right side in a window"
+    ylabel = "left / right side in a block"
     caveats = (
         "An identity of stationary states: a failure says that the run still drifts, not that physics is wrong.",
     )
@@ -66,6 +69,12 @@ class FluctuationDissipation(Law):
 
     def predict(self, evidence: Evidence) -> Measured:
         return Measured(1.0)
+
+    def plot(self, comparison: Comparison, ax: Axes | None = None) -> Axes:
+        """The ratio of both sides in each block of the record."""
+        ax = super().plot(comparison, ax)
+        ax.set(xscale="linear", yscale="linear")
+        return ax
 
     def _terms(self, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
         """(theta_k - c).(beta v_k - v_{k+1}) and |v_{k+1}|^2 for consecutive steps; c is the centre."""

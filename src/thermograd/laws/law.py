@@ -207,7 +207,7 @@ class Law(ABC):
                 f"there is nothing to draw for {self.name!r}", remedy=f"see its note: {comparison.note}"
             )
         ax = new_axes(ax)
-        draw(ax, details, self.xlabel, self.ylabel)
+        draw(ax, details, self.xlabel, self.ylabel, "bound" if self.kind == "bound" else "predicted")
         return ax
 
 
@@ -215,7 +215,7 @@ def _explain(unmet: list[Assumption]) -> str:
     return "; ".join(f"{a.name}: no ({a.detail})" if a.detail else f"{a.name}: no" for a in unmet) + "."
 
 
-def draw(ax: Axes, details: Mapping[str, Any], xlabel: str, ylabel: str) -> None:
+def draw(ax: Axes, details: Mapping[str, Any], xlabel: str, ylabel: str, line: str = "predicted") -> None:
     """Log-log points (measured) and line (predicted) from a law's detail arrays."""
     x, y = np.asarray(details["x"], float), np.asarray(details["measured_y"], float)
     order = np.argsort(x)
@@ -229,6 +229,6 @@ def draw(ax: Axes, details: Mapping[str, Any], xlabel: str, ylabel: str) -> None
     if "predicted_y" in details:
         predicted = np.asarray(details["predicted_y"], float)[order]
         good = (predicted > 0) & (x[order] > 0)
-        ax.plot(x[order][good], predicted[good], "-", lw=1.8, color="C1", label="predicted")
+        ax.plot(x[order][good], predicted[good], "-", lw=1.8, color="C1", label=line)
     ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["LawSheet"]
 
 _STYLE = {"holds": "green", "fails": "red", "not in its regime": "yellow", "undecided": "cyan"}
+_EDGE = 3.2  # of the common axis, in tolerances
 _MARK = {"holds": "✓", "fails": "✗", "not in its regime": "–", "undecided": "?"}
 
 
@@ -121,13 +122,13 @@ class LawSheet:
         for row, c in enumerate(reversed(shown)):
             middle, half = _scale(c)
             colour = {"holds": "C2", "fails": "C3", "not in its regime": "C7", "undecided": "C0"}[c.verdict]
-            position = np.clip((c.measured - middle) / half, -3.2, 3.2)
-            reach = np.clip(np.array([[c.measured - c.low], [c.high - c.measured]]) / half, 0, 3)
-            ax.errorbar([position], [row], xerr=reach, fmt="o", ms=5, color=colour)
+            ends = (np.array([c.low, c.measured, c.high]) - middle) / half
+            low, at, high = np.clip(ends, -_EDGE, _EDGE)  # what lies beyond is drawn at the edge
+            ax.errorbar([at], [row], xerr=[[at - low], [high - at]], fmt="o", ms=5, color=colour)
         ax.axvspan(-1, 1, color="C2", alpha=0.12, lw=0)
         ax.axvline(0, color="0.5", lw=0.8)
         ax.set_yticks(range(len(shown)), [c.definition.title for c in reversed(shown)])
-        ax.set(xlim=(-3.5, 3.5), xlabel="(measured − predicted) / tolerance; the green band is the law")
+        ax.set(xlim=(-_EDGE - 0.3, _EDGE + 0.3), xlabel="(measured − predicted) / tolerance; the green band is the law")
         return ax
 
     def to_html(self, path: str | Path) -> Path:
@@ -167,6 +168,10 @@ def number(value: float, stderr: float = 0.0) -> str:
     >>> number(1.2345, 0.021), number(float("nan")), number(0.5)
     ('1.234 ± 0.021', '–', '0.5')
     """
+    return _number(value, stderr).replace("-", "−")
+
+
+def _number(value: float, stderr: float) -> str:
     if not math.isfinite(value):
         return "–"
     if not (math.isfinite(stderr) and stderr > 1e-9 * max(abs(value), 1e-3)):
@@ -184,7 +189,8 @@ def expected(comparison: Comparison) -> str:
     if comparison.definition.kind == "bound":
         return f"≤ {comparison.predicted:.3g}"
     half = (comparison.band[1] - comparison.band[0]) / 2
-    return f"{comparison.predicted:.3g} ± {half:.2g}" if math.isfinite(half) else f"{comparison.predicted:.3g}"
+    text = f"{comparison.predicted:.3g} ± {half:.2g}" if math.isfinite(half) else f"{comparison.predicted:.3g}"
+    return text.replace("-", "−")
 
 
 def _scale(c: Comparison) -> tuple[float, float]:

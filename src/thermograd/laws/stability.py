@@ -67,8 +67,8 @@ class DimensionBound(Law):
     source = "Mori et al. 2022, Eq. (16); effective number re-derived for unequal eigenvalues"
     quantity = "n / n_c"
     kind = "bound"
-    xlabel = "rank"
-    ylabel = "h / h_max"
+    xlabel = "number of modes counted"
+    ylabel = "n = Tr H²/h_max²"
     caveats = (
         "Rests on noise proportional to the loss (see that law).",
         "n counts unequal eigenvalues by Tr H²/h_max²; the participation ratio and the entropy, also in the note, "
@@ -99,7 +99,9 @@ class DimensionBound(Law):
             f"n = {effective:.2f} of the {len(curvature)} sharpest modes (participation ratio "
             f"{found.participation_ratio:.1f}, entropy {found.entropy:.1f}), n_c = {critical:.3g}."
         )
-        details = {"x": np.arange(1, len(curvature) + 1), "measured_y": curvature / curvature[0]}
+        rank = np.arange(1, len(curvature) + 1)
+        running = np.cumsum(curvature**2) / curvature[0] ** 2
+        details = {"x": rank, "measured_y": running, "predicted_y": np.full(len(rank), critical)}
         return Measured(effective / critical, note=note, details=details)
 
     def predict(self, evidence: Evidence) -> Measured:

@@ -44,8 +44,8 @@ class VarianceFlatness(Law):
         "fails": "The published relation does not describe this run: the variance does not fall with flatness, or "
         "not at the predicted rate.",
         "undecided": "The exponent is too uncertain to compare with the theory.",
-        "not in its regime": "The relation speaks of directions whose flatness differs by about a factor of ten and more "
-        "around a stable minimum, reached with plain SGD.",
+        "not in its regime": "The relation speaks of directions whose flatness differs by a factor of about ten or "
+        "more around a stable minimum, reached with plain SGD.",
     }
 
     def assumptions(self, evidence: Evidence) -> list[Assumption]:
