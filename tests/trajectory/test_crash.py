@@ -27,8 +27,8 @@ def record(folder, steps: int, **keywords):
 
 
 def test_kill_at_random_moments_loses_nothing_flushed(tmp_path):
-    script, rounds = Path(__file__).with_name("training.py"), 12
-    subprocess.run([sys.executable, script, str(tmp_path), str(rounds), "7"], check=True, timeout=80)
+    script, rounds = Path(__file__).with_name("training.py"), 10
+    subprocess.run([sys.executable, script, str(tmp_path), str(rounds), "7"], check=True, timeout=120)
     truth = record(tmp_path / "truth", 400)
     checked = 0
     for turn in range(rounds):
@@ -48,7 +48,7 @@ def test_kill_at_random_moments_loses_nothing_flushed(tmp_path):
             np.testing.assert_array_equal(theta[start : start + shown], truth["theta"].values[:shown])
             assert run["segment"].values[start] == np.flatnonzero(starts == start)[0]
         checked += 1
-    assert checked >= 6
+    assert checked >= 5
 
 
 def test_a_restart_from_a_checkpoint_gives_the_uninterrupted_store(tmp_path):

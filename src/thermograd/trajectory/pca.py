@@ -12,7 +12,6 @@ import torch
 from ..errors import InputError, TooShortError
 from ..hyperparameters import SGD
 from ..measurement import Measurement, new_axes, quantity
-from ..theory.flatness import random_walk_pca
 from .detrend import Detrend, detrended
 from .selection import Selection, Window, project, select_all
 
@@ -104,6 +103,8 @@ def pca(
     >>> result.directions.shape, np.sqrt(result.variance).round()
     (torch.Size([3, 3]), array([3., 2., 1.]))
     """
+    from ..theory.flatness import random_walk_pca  # a recorder need not wait for the whole theory to be imported
+
     stretches = select_all(run, window, minimum=8 if held_out else 4, sgd=sgd)
     fit, test = zip(*[_halves(s) if held_out else (s, s) for s in stretches])
     directions, in_sample, total, scores = _decompose(list(fit), n)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import time
 import warnings
@@ -17,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import HyperparameterError, InputError, StoreError, ThermogradWarning
+from ..errors import InputError, StoreError, ThermogradWarning
 from ..hyperparameters import SGD, Sampling
 from .backward import BackwardListener
 from .resume import digest, find_start, refuse_other_recording
-from .sampling_observer import SamplingObserver
+from .sampling_facts import SamplingFacts
 from .store import STORE, TrajectoryStore
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     .. math:: v_k = (\theta_k - \theta_{k-1}) / \eta
 
     (Kunin et al. 2024, section 2), the minibatch loss (the scalar whose gradient the step used: what was
-    backpropagated since the step before, added up), the learning rate, momentum and weight decay. Rows are buffered and
+    backpropagated since the step before, added up; with a gradient scaler the scaled one), the learning rate, momentum and weight decay. Rows are buffered and
     written in chunks; what is written survives a ``kill -9``.
 
     Args:
@@ -126,7 +125,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._parameters = _chosen(problem.parameters, params)
         self._groups = _groups(self._parameters, optimizer)
         self._resume, self._overwrite, self._start_step = resume, overwrite, start_step
-        self._sampling = _SamplingFacts(problem, sgd, batch_size, sampling)
+        self._sampling = SamplingFacts(problem, sgd, batch_size, sampling)
         self._listener = BackwardListener(self._sampling.heard_backward)
         self._store: TrajectoryStore | None = None
         self._rows: list[_Row] = []
@@ -355,71 +354,6 @@ class Recorder(AbstractContextManager["Recorder"]):
         if self.velocity:
             arrays["velocity"] = _to_numpy(torch.stack([row.velocity for row in rows]))  # type: ignore[misc]
         return arrays
-
-
-class _SamplingFacts:
-    """Batch size and sampling scheme: declared, known from the data loader, or observed."""
-
-    def __init__(self, problem: Problem, sgd: SGD | None, batch_size: int | None, sampling: Sampling | None):
-        self.problem, self.sgd = problem, sgd
-        self.batch_size = batch_size or (sgd.batch_size if sgd else None)
-        self.scheme = sampling or (sgd.sampling if sgd else None)
-        self.source = "declared" if self.scheme else "unknown"
-        if self.scheme is None and problem.sampling is not None:
-            self.scheme, self.source = problem.sampling, "data loader"
-        if self.batch_size is None:
-            self.batch_size = problem.batch_size
-        self._observer: SamplingObserver | None = None
-
-    def watch(self) -> None:
-        if self.scheme is None or self.batch_size is None:
-            inputs = None if self.scheme else self.problem.inputs
-            self._observer = SamplingObserver(self.problem.model, inputs)
-
-    def adopt(self, attrs: Mapping[str, Any]) -> None:
-        """Take over what was found out before, in a run that is resumed."""
-        if self.scheme is None and attrs.get("sampling"):
-            self.scheme, self.source = attrs["sampling"], attrs["sampling_source"]
-        self.batch_size = self.batch_size or attrs.get("batch_size")
-
-    def conclude(self) -> None:
-        if self._observer is not None:
-            self._observer.conclude()
-
-    def heard_backward(self) -> None:
-        if self._observer is not None:
-            self._observer.heard_backward()
-
-    def end_step(self) -> None:
-        if self._observer is not None:
-            self._observer.end_step()
-
-    def stop(self) -> None:
-        if self._observer is not None:
-            self._observer.stop()
-
-    def attrs(self, optimizer: torch.optim.Optimizer, lr: float | None) -> dict[str, Any]:
-        """The attributes ``sgd`` (JSON; null for an optimizer that is not SGD) and ``sampling_source``."""
-        batch_size, scheme, source = self.batch_size, self.scheme, self.source
-        if self._observer is not None:
-            batch_size = batch_size or self._observer.batch_size
-            if scheme is None and (scheme := self._observer.scheme) is not None:
-                source = "observed"
-        values = self._hyperparameters(optimizer)
-        if values is not None:
-            values |= {"batch_size": batch_size, "dataset_size": self.problem.N, "sampling": scheme}
-            if lr and self.sgd is None:
-                values["lr"] = lr
-        facts = {"batch_size": batch_size, "dataset_size": self.problem.N, "sampling": scheme}
-        return {"sgd": json.dumps(values), "sampling_source": source, **facts}
-
-    def _hyperparameters(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        if self.sgd is not None:
-            return self.sgd.to_dict()
-        try:
-            return SGD.from_optimizer(optimizer).to_dict()
-        except HyperparameterError:  # another optimizer, or SGD in a form that the theory does not describe
-            return None
 
 
 def _chosen(parameters: Mapping[str, Tensor], params: str | Sequence[str] | None) -> dict[str, Tensor]:

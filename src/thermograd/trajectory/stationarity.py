@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.stats
+from scipy.special import stdtrit
 
 from ..errors import InputError, TooShortError
 from ..hyperparameters import SGD
@@ -214,7 +214,7 @@ def _half_change(series: np.ndarray) -> tuple[float, float]:
 
 def _fine(deviation: float, stderr: float, tolerance: float) -> bool:
     """Whether a deviation is within tolerance or not significant."""
-    significant = abs(deviation) > scipy.stats.t.ppf(1 - _FALSE_ALARM / 2, _BLOCKS - 2) * stderr
+    significant = abs(deviation) > stdtrit(_BLOCKS - 2, 1 - _FALSE_ALARM / 2) * stderr
     return bool(abs(deviation) <= tolerance or not significant)
 
 
