@@ -55,8 +55,8 @@ class Recorder(AbstractContextManager["Recorder"]):
     .. math:: v_k = (\theta_k - \theta_{k-1}) / \eta
 
     (Kunin et al. 2024, section 2), the minibatch loss (the scalar whose gradient the step used: what was
-    backpropagated since the step before, added up; with a gradient scaler the scaled one), the learning rate, momentum and weight decay. Rows are buffered and
-    written in chunks; what is written survives a ``kill -9``.
+    backpropagated since the step before, added up; with a gradient scaler the scaled one), the learning rate, momentum
+    and weight decay. Rows are buffered and written in chunks; what is written survives a ``kill -9``.
 
     Args:
         path: folder of the run.
