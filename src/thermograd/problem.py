@@ -192,6 +192,11 @@ class Problem:
         """Sampling scheme of the DataLoader that the problem was built from, else None."""
         return self._samples.sampling
 
+    @property
+    def drop_last(self) -> bool:
+        """Whether the DataLoader that the problem was built from drops a short last batch."""
+        return self._samples.drop_last
+
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """Named tensors to one flat vector [P].
 

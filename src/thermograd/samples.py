@@ -35,12 +35,14 @@ class Samples:
         targets: likewise; None when each sample is a single tree (functions of the weights).
         batch_size: what the data loader says, else None.
         sampling: what the data loader says, else None.
+        drop_last: whether the data loader drops a short last batch.
     """
 
     inputs: Any
     targets: Any
     batch_size: int | None = None
     sampling: Sampling | None = None
+    drop_last: bool = False
 
     @classmethod
     def from_any(cls, data: Any) -> Samples:
@@ -51,7 +53,7 @@ class Samples:
         """
         if isinstance(data, DataLoader):
             inputs, targets = _pair(_from_dataset(data.dataset, data.collate_fn))
-            samples = cls(inputs, targets, _batch_size(data), _sampling(data))
+            samples = cls(inputs, targets, _batch_size(data), _sampling(data), _drop_last(data))
         elif isinstance(data, Dataset):
             samples = cls(*_pair(_from_dataset(data, default_collate)))
         elif isinstance(data, tuple | list) and len(data) == 2:
@@ -201,6 +203,10 @@ def _batch_size(loader: DataLoader[Any]) -> int | None:
     if size is None and isinstance(loader.batch_sampler, BatchSampler):
         size = loader.batch_sampler.batch_size
     return size
+
+
+def _drop_last(loader: DataLoader[Any]) -> bool:
+    return bool(loader.drop_last or getattr(loader.batch_sampler, "drop_last", False))
 
 
 def _sampling(loader: DataLoader[Any]) -> Sampling | None:

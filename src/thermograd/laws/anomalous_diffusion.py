@@ -73,9 +73,13 @@ class AnomalousDiffusion(Law):
     def predict(self, evidence: Evidence) -> Measured:
         lags = self._diffusion(evidence).lags
         curvature, noise, rest = evidence.spectrum
-        msd = sampling.mean_squared_displacement(evidence.sgd, curvature, noise, lags).sum(1)
+        msd = sampling.mean_squared_displacement(
+            evidence.sgd, curvature, noise, lags, drop_last=evidence.problem.drop_last
+        ).sum(1)
         if rest > 0:
-            msd = msd + sampling.mean_squared_displacement(evidence.sgd, [0.0], rest, lags).sum(1)
+            msd = msd + sampling.mean_squared_displacement(
+                evidence.sgd, [0.0], rest, lags, drop_last=evidence.problem.drop_last
+            ).sum(1)
         low, high = self._range(evidence)
         inside = (lags >= low) & (lags <= high)
         return Measured(power_law(lags[inside], msd[inside]).exponent, details={"predicted_y": msd})

@@ -74,5 +74,7 @@ class CorrelationTime(Law):
         return Measured(fit.exponent, details={"predicted_y": predicted})
 
     def _predicted(self, evidence: Evidence) -> np.ndarray:
-        speed = sampling.velocity_variance(evidence.sgd, evidence.curvature, evidence.noise)
+        speed = sampling.velocity_variance(
+            evidence.sgd, evidence.curvature, evidence.noise, drop_last=evidence.problem.drop_last
+        )
         return 2 * predicted_variance(evidence) / (evidence.sgd.lr**2 * speed)

@@ -330,6 +330,28 @@ class Evidence:
         """Trace of the minibatch gradient covariance, averaged over the path."""
         return float(self._noise_at_points[1].mean()) * self.sgd.minibatch_factor
 
+    @cached_property
+    def changing_noise(self) -> Array:
+        """Share of the gradient noise along each mode that changes within half an epoch of the path, [k].
+
+        A sample's gradient noise that stays the same is undone before the epoch is over (each sample comes once);
+        what changes with the weights meanwhile is not. The share is half the variance over samples of the difference
+        of their gradient noises at two weights half an epoch apart, over the variance itself.
+        """
+        from .. import noise
+
+        half = max(1, round(self.sgd.steps_per_epoch / 2))
+        count = min(self.noise_points, max(1, (len(self.steps) - half) // half))
+        rows = np.linspace(0, len(self.steps) - 1 - half, count).round().astype(int)
+        shares = []
+        for row in track(rows, "noise that changes within an epoch"):
+            first, second = (
+                noise.projections(self.problem, self.vectors, self.path.read(r, r + 1)[0], self.samples).cpu().numpy()
+                for r in (row, row + half)
+            )
+            shares.append((first - second).var(0) / (first.var(0) + second.var(0)))
+        return np.minimum(np.mean(shares, axis=0), 1.0)
+
     def noise_error(self, statistic: Any) -> float:
         """Standard error of a statistic of the mode-wise noise, from resampling the points of the path."""
         generator = np.random.default_rng([self.seed, 2])

@@ -60,12 +60,16 @@ class VelocityVariance(Law):
         return Measured(float(evidence.squared_speed.mean()) / predicted, error, count - 1, details, note)
 
     def predict(self, evidence: Evidence) -> Measured:
-        predicted = sampling.velocity_variance(evidence.sgd, evidence.curvature, evidence.noise)
+        predicted = sampling.velocity_variance(
+            evidence.sgd, evidence.curvature, evidence.noise, drop_last=evidence.problem.drop_last
+        )
         traces = evidence._noise_at_points[1]
         error = float(traces.std(ddof=1) / traces.mean() / np.sqrt(len(traces))) if len(traces) > 1 else 0.0
         return Measured(1.0, error, max(1, len(traces) - 1), {"predicted_y": predicted})
 
     def _total(self, evidence: Evidence) -> float:
         curvature, noise, rest = evidence.spectrum
-        curved = sampling.velocity_variance(evidence.sgd, curvature, noise).sum()
-        return float(curved + sampling.velocity_variance(evidence.sgd, [0.0], rest).sum())
+        curved = sampling.velocity_variance(evidence.sgd, curvature, noise, drop_last=evidence.problem.drop_last).sum()
+        return float(
+            curved + sampling.velocity_variance(evidence.sgd, [0.0], rest, drop_last=evidence.problem.drop_last).sum()
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -49,8 +50,8 @@ class WeightVariance(Law):
         return mode_assumptions(evidence)
 
     def measure(self, evidence: Evidence) -> Measured:
-        measured, predicted = evidence.weight_variances, predicted_variance(evidence)
-        return ratio_over_modes(evidence, measured, predicted, "Var θᵢ")
+        found = ratio_over_modes(evidence, evidence.weight_variances, predicted_variance(evidence), "Var θᵢ")
+        return replace(found, note=f"{found.note} {weight_dependence(evidence)}".strip())
 
     def predict(self, evidence: Evidence) -> Measured:
         predicted = predicted_variance(evidence)
@@ -74,7 +75,25 @@ def mode_assumptions(evidence: Evidence) -> list[Assumption]:
 def predicted_variance(evidence: Evidence, noise: np.ndarray | None = None) -> np.ndarray:
     """Expected variance of each mode in a window with a straight line removed, [k]."""
     noise = evidence.noise if noise is None else noise
-    return sampling.weight_variance_window(evidence.sgd, evidence.curvature, noise, evidence.window, "linear")
+    return sampling.weight_variance_window(
+        evidence.sgd, evidence.curvature, noise, evidence.window, "linear", drop_last=evidence.problem.drop_last
+    )
+
+
+def weight_dependence(evidence: Evidence) -> str:
+    """What the part of the noise that changes within an epoch, and so does not cancel, would add to the ratio."""
+    if evidence.sgd.sampling == "replacement":
+        return ""  # nothing cancels in the first place
+    share = evidence.changing_noise
+    plain = predicted_variance(evidence)
+    kept = predicted_variance(evidence, evidence.noise * (1 - share))
+    free = replace(evidence.sgd, sampling="replacement")
+    added = sampling.weight_variance_window(free, evidence.curvature, evidence.noise * share, evidence.window, "linear")
+    ratio = float(np.median((kept + added)[plain > 0] / plain[plain > 0]))
+    return (
+        f"Of the noise, {100 * np.median(share):.1g}% (median) changes within half an epoch and does not cancel over "
+        f"it; that alone would put the ratio at {ratio:.2f}."
+    )
 
 
 def ratio_over_modes(evidence: Evidence, windows: np.ndarray, predicted: np.ndarray, symbol: str) -> Measured:
