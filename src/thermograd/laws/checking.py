@@ -114,6 +114,7 @@ def facts(evidence: Evidence) -> dict[str, Any]:
         "optimizer": evidence.optimizer,
         **{k.replace("_", " "): v for k, v in known.items()},
         "loss at the centre": f"{evidence.loss:.4g}",
+        "runs": 1,
         "seed": evidence.seed,
         "thermograd": __version__,
     }
