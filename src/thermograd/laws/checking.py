@@ -106,6 +106,9 @@ def facts(evidence: Evidence) -> dict[str, Any]:
     problem = evidence.problem
     noted = evidence._given.to_dict() if evidence._given else evidence.recorded_sgd
     known = {k: v for k, v in noted.items() if v not in (None, False) and not (k == "dampening" and v == 0)}
+    source = evidence.attrs.get("sampling_source")
+    if known.get("sampling") and source not in (None, "unknown") and evidence._given is None:
+        known["sampling"] = f"{known['sampling']} ({source})"
     return {
         **_names(problem),
         "weights": problem.P,
