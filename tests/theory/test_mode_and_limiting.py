@@ -229,7 +229,9 @@ def test_bad_input_is_refused_with_the_reason():
         limiting.stationary_moments(sgd, [1.0, 2.0], [1.0, 2.0, 3.0])
     with pytest.raises(DataError, match="whole numbers"):
         limiting.mean_squared_displacement(sgd, [1.0], 1.0, [1.5])
-    with pytest.raises(NotAvailableError):
-        limiting.langevin_coefficients(SGD(lr=0.1, momentum=0.9, nesterov=True), [1.0])
+    for heavy_ball_only in (limiting.published_msd, limiting.modified_loss, limiting.local_displacement_published):
+        extra = ([1.0], [7])[: {"published_msd": 2, "modified_loss": 1}.get(heavy_ball_only.__name__, 0)]
+        with pytest.raises(NotAvailableError):
+            heavy_ball_only(SGD(lr=0.1, momentum=0.9, nesterov=True), [1.0], *extra)
     with pytest.raises(NonFiniteError, match="diverges"):
         limiting.propagate(SGD(lr=1.0), [10.0], 1.0, [10**6], position=1.0)

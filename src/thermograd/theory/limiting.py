@@ -9,7 +9,7 @@ re-exported from :mod:`~thermograd.theory.langevin` and :mod:`~thermograd.theory
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,16 +17,18 @@ from scipy.stats import linregress
 
 from ..errors import DataError, NotAvailableError
 from ..hyperparameters import SGD
-from ..measurement import Measurement, quantity
 from . import sampling
-from .arrays import Array, as_modes, as_steps, finite
+from .arrays import Array, as_steps, finite
 from .covariance import CovarianceBlocks, linear_regression_moments, stationary_covariance
 from .langevin import (
     LangevinCoefficients,
     ModifiedLoss,
     OrnsteinUhlenbeckMoments,
+    critical_curvature,
+    half_step_times,
     langevin_coefficients,
     modified_loss,
+    ornstein_uhlenbeck_displacement_from_start,
     ornstein_uhlenbeck_moments,
     ornstein_uhlenbeck_msd,
     ornstein_uhlenbeck_stationary,
@@ -35,30 +37,70 @@ from .langevin import (
 )
 from .mode import advance, mode
 from .moments import StationaryMoments
+from .process import (
+    GibbsForm,
+    LinearProcess,
+    gibbs_form,
+    langevin_process,
+    linear_process,
+    noncommutation,
+    process_moments,
+    process_stationary,
+)
+from .relaxation import oscillation_window, phase_per_step, poles, relaxation_steps
+from .transient import (
+    RegressionTransient,
+    TransientMoments,
+    displacement_from_start,
+    gaussian_regression_transient,
+    linear_regression_transient,
+    propagate,
+)
 
 __all__ = [
     "CovarianceBlocks",
+    "GibbsForm",
     "LangevinCoefficients",
+    "LinearProcess",
     "ModifiedLoss",
     "OrnsteinUhlenbeckMoments",
+    "RegressionTransient",
     "StationaryMoments",
     "TransientMoments",
     "autocorrelation",
+    "critical_curvature",
+    "displacement_from_start",
     "exponent_from_spectrum",
     "fluctuation_dissipation",
+    "gaussian_regression_transient",
+    "gibbs_form",
+    "half_step_times",
     "langevin_coefficients",
+    "langevin_process",
+    "linear_process",
     "linear_regression_moments",
+    "linear_regression_transient",
     "local_displacement",
     "local_displacement_published",
     "mean_squared_displacement",
     "modified_loss",
     "noise_ceiling",
+    "noncommutation",
+    "ornstein_uhlenbeck_displacement_from_start",
     "ornstein_uhlenbeck_moments",
     "ornstein_uhlenbeck_msd",
     "ornstein_uhlenbeck_stationary",
+    "oscillation_window",
+    "overdamped_displacement",
+    "phase_per_step",
+    "poles",
+    "process_moments",
+    "process_stationary",
     "propagate",
     "propagator",
     "published_msd",
+    "relaxation_steps",
+    "spectral_exponent",
     "stationary_covariance",
     "stationary_moments",
 ]
@@ -236,7 +278,9 @@ def fluctuation_dissipation(sgd: SGD, velocity_second_moment: ArrayLike) -> Arra
     r"""What :math:`E[(\theta_k-c)^T(g_B(\theta_k)+\lambda\theta_k)]` must be at stationarity, for any loss and noise.
 
     :math:`\frac{\eta(1+\beta)}{2(1-\tau)}E\|v\|^2` for any constant c; exact, needs no Hessian (for
-    :math:`\beta=\lambda=0` the first relation of Yaida 2018, arXiv 1810.00004; with momentum derived here).
+    :math:`\beta=\lambda=0` the first relation of Yaida 2018, arXiv 1810.00004; with momentum derived here). Nesterov:
+    the same right-hand side, for :math:`E[(\theta_k-c)^T((1+\beta)G_k-\beta G_{k-1})]`, :math:`G_k` the minibatch
+    gradient with weight decay at :math:`\theta_k` (derived).
 
     Args:
         sgd: hyperparameters.
@@ -246,109 +290,71 @@ def fluctuation_dissipation(sgd: SGD, velocity_second_moment: ArrayLike) -> Arra
         The right-hand side, same shape.
 
     Raises:
-        NotAvailableError: Nesterov momentum, whose relation also involves the previous gradient.
+        NonFiniteError: NaN or infinity given.
 
     >>> float(fluctuation_dissipation(SGD(lr=0.1, momentum=0.9), 2.0).round(3))
     0.19
     """
-    if sgd.nesterov:
-        raise NotAvailableError(
-            "the relation for Nesterov momentum also needs the previous gradient",
-            remedy="test it on heavy ball, or compare variances instead",
-        )
     square = finite(velocity_second_moment, "velocity_second_moment")
     return sgd.lr * (1 + sgd.momentum) / (2 * (1 - sgd.dampening)) * square
 
 
-@dataclass(frozen=True)
-class TransientMoments(Measurement):
-    """Mean and covariance of position and velocity after given numbers of steps, per mode."""
+def overdamped_displacement(sgd: SGD, curvature: ArrayLike, noise_variance: ArrayLike, steps: ArrayLike) -> Array:
+    r"""Mean-squared displacement at lags long against :math:`1/(1-\beta)`, where only :math:`\eta/(1-\beta)` matters.
 
-    step: Array = quantity("step", units="steps", long_name="optimizer steps taken")
-    position_mean: Array = quantity("step", "mode", units="weight", long_name="mean position")
-    velocity_mean: Array = quantity("step", "mode", units="gradient", long_name="mean velocity")
-    position: Array = quantity("step", "mode", units="weight^2", long_name="variance of the position")
-    velocity: Array = quantity("step", "mode", units="gradient^2", long_name="variance of the velocity")
-    cross: Array = quantity("step", "mode", units="weight gradient", long_name="covariance of position and velocity")
-    _primary = "position"
-
-
-def propagate(
-    sgd: SGD,
-    curvature: ArrayLike,
-    noise_variance: ArrayLike,
-    steps: ArrayLike,
-    *,
-    position: ArrayLike = 0.0,
-    velocity: ArrayLike = 0.0,
-    position_variance: ArrayLike = 0.0,
-    velocity_variance: ArrayLike = 0.0,
-    cross: ArrayLike = 0.0,
-) -> TransientMoments:
-    r"""Mean and covariance of :math:`(\theta_k,v_k)` after any number of steps from any start, exact and discrete.
-
-    :math:`z_{k+1}=Az_k+n\xi_k` with :math:`A=\begin{pmatrix}1-\eta'h&\eta\beta\\-(1-\tau)h&\beta\end{pmatrix}`,
-    :math:`n=(-\eta',-(1-\tau))`, position measured from the minimum. Any curvature is allowed, negative or unstable
-    too, as long as the result fits a float. At step 0 the start itself is returned.
+    :math:`\frac{\eta s}{(1-\beta)h}\big(1-e^{-\eta ht/(1-\beta)}\big)` (derived from Kunin et al. 2024): the reason
+    why measured exponents collapse on :math:`\eta/(1-\beta)`. :func:`mean_squared_displacement` is exact.
 
     Args:
-        sgd: hyperparameters; ``sampling`` is ignored (independent noise); heavy ball.
-        curvature: Hessian eigenvalues without weight decay, [n].
+        sgd: hyperparameters; ``sampling`` is ignored.
+        curvature: Hessian eigenvalues without weight decay, [n]; zero is allowed.
         noise_variance: variance of the minibatch gradient, [n].
-        steps: optimizer steps taken, [t].
-        position: mean offset from the minimum at the start, scalar or [n].
-        velocity: mean velocity at the start (minus the momentum buffer), scalar or [n].
-        position_variance: variance of the start, scalar or [n].
-        velocity_variance: variance of the starting velocity, scalar or [n].
-        cross: their covariance, scalar or [n].
+        steps: lags in optimizer steps, [t].
 
     Returns:
-        Means and covariance, [t, n] each.
+        [t, n], in squared weights.
 
     Raises:
-        NotAvailableError: Nesterov momentum (its velocity is not its buffer).
-        NonFiniteError: NaN or infinity given, or the mode grows beyond what a float holds.
+        UnstableError: a mode diverges.
 
-    >>> moments = propagate(SGD(lr=0.1, momentum=0.9), [1.0], [1.0], [0, 1, 2000], position=1.0)
-    >>> moments.position_mean[:2, 0].round(3), moments.position[:, 0].round(6)
-    (array([1. , 0.9]), array([0. , 0.01 , 0.513514]))
+    >>> overdamped_displacement(SGD(lr=0.1, momentum=0.9), [0.0], [1.0], [100]).round(6)
+    array([[100.]])
     """
-    if sgd.nesterov:
-        raise NotAvailableError("transients are for heavy ball", remedy="use simulate.quadratic_sgd for Nesterov")
-    h, s = as_modes(curvature, noise_variance)
-    taken = as_steps(steps)
-    n, gain = h.size, 1 - sgd.dampening
-    pull = sgd.lr * gain * (h + sgd.weight_decay)
-    one = np.zeros((n, 2, 2))  # [n, 2, 2] acting on (theta, v)
-    one[:, 0, 0], one[:, 0, 1] = 1 - pull, sgd.lr * sgd.momentum
-    one[:, 1, 0], one[:, 1, 1] = -pull / sgd.lr, sgd.momentum
-    push = np.array([-sgd.lr * gain, -gain])
-    two = np.zeros((n, 5, 5))  # acting on the four entries of the covariance and a constant
-    two[:, :4, :4] = np.einsum("nij,nkl->nikjl", one, one).reshape(n, 4, 4)
-    two[:, :4, 4] = s[:, None] * np.outer(push, push).ravel()
-    two[:, 4, 4] = 1
-    given = {"position": position, "velocity": velocity}
-    start = np.stack([np.broadcast_to(finite(value, name), (n,)) for name, value in given.items()], axis=1)
-    spread = np.stack(
-        [
-            np.broadcast_to(finite(value, name), (n,))
-            for name, value in (
-                ("position_variance", position_variance),
-                ("cross", cross),
-                ("cross", cross),
-                ("velocity_variance", velocity_variance),
-            )
-        ]
-        + [np.ones(n)],
-        axis=1,
-    )
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean, covariance = advance(one, start, taken), advance(two, spread, taken)
-    finite(mean, "the mean after these steps (the mode diverges)")
-    finite(covariance, "the covariance after these steps (the mode diverges)")
-    return TransientMoments(
-        taken.astype(float), mean[..., 0], mean[..., 1], covariance[..., 0], covariance[..., 3], covariance[..., 1]
-    )
+    filters = mode(sgd, curvature, noise_variance, bounded=False)
+    lags = as_steps(steps)[:, None]
+    rate = filters.pull / (1 - sgd.momentum)  # a step
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(rate * lags > 0, -np.expm1(-rate * lags) / rate, lags)
+    return sgd.effective_lr**2 * filters.noise * share
+
+
+def spectral_exponent(decay: float, *, of: Literal["rank", "density"] = "rank", aligned: bool = True) -> float:
+    r"""Exponent c of anomalous diffusion, :math:`E\|\Delta_t\|^2\sim t^c`, for a power-law spectrum (derived).
+
+    Eigenvalues :math:`\rho_l\sim l^{-p}`, or a density :math:`n(\rho)\sim\rho^{-a}`, :math:`a=1+1/p`, give
+    :math:`c=a-1=1/p` between the ends 0 (a < 1) and 1 (a > 2), when the noise is aligned with the curvature; with
+    isotropic noise c = 1: sub-diffusion needs anisotropy. For lags between :math:`1/(1-\beta)`, the relaxation of the
+    largest eigenvalue, and that of the smallest or of weight decay, :math:`(1-\beta)/(\eta\lambda)`.
+
+    Args:
+        decay: p for ``of="rank"``, a for ``of="density"``.
+        of: what the number describes.
+        aligned: whether the noise covariance is proportional to the Hessian.
+
+    Returns:
+        c in [0, 1].
+
+    Raises:
+        DataError: a rank exponent that is not positive, or an unknown ``of``.
+
+    >>> spectral_exponent(2.0), spectral_exponent(1.5, of="density"), spectral_exponent(2.0, aligned=False)
+    (0.5, 0.5, 1.0)
+    """
+    if of not in ("rank", "density") or not np.isfinite(decay) or (of == "rank" and decay <= 0):
+        raise DataError(f"decay is {decay} of {of!r}", expected="p > 0 of 'rank', or a of 'density'")
+    if not aligned:
+        return 1.0
+    return float(np.clip(1 / decay if of == "rank" else decay - 1, 0.0, 1.0))
 
 
 def exponent_from_spectrum(
