@@ -27,6 +27,8 @@ __all__ = ["Evidence", "settled_row"]
 Array = NDArray[np.float64]
 
 _DENSE = 1500  # up to this many weights the whole Hessian is decomposed
+_FLAT = 1e-6  # curvature below this part of the largest counts as flat
+_SILENT = 1e-9  # noise below this part of the largest counts as none
 _GRADIENT_SAMPLES = 4096  # more samples than this are subsampled where every sample's gradient is needed
 
 
@@ -248,16 +250,33 @@ class Evidence:
         return landscape.eigenpairs(hessian, k=min(self.max_modes, self.problem.P), tol=1e-4, seed=self.seed)
 
     @cached_property
-    def curvature(self) -> Array:
-        """Hessian eigenvalues of the modes that the per-mode laws look at: the sharpest, all positive, [k]."""
+    def chosen(self) -> NDArray[np.int64]:
+        """Which of :attr:`pairs` the per-mode laws look at: the sharpest, curved upward and not free of noise, [k].
+
+        Directions that no sample's gradient has (weights of a unit that weight decay has switched off, say) take no
+        part in the dynamics of the noise.
+        """
         values = self.pairs.eigenvalues.cpu().numpy()[: self.max_modes]
-        floor = 1e-6 * abs(values[0]) if len(values) else 0.0
-        return values[values > floor]
+        if not len(values) or values[0] <= 0:
+            return np.array([], dtype=np.int64)
+        noise = self._noise_at_points[0].mean(0)[: len(values)]
+        return np.flatnonzero((values > _FLAT * values[0]) & (noise > _SILENT * noise.max()))
+
+    @property
+    def silent_modes(self) -> int:
+        """How many of the sharpest modes are left out because no sample's gradient moves along them."""
+        values = self.pairs.eigenvalues.cpu().numpy()[: self.max_modes]
+        return int((values > _FLAT * values[0]).sum()) - len(self.chosen)
+
+    @cached_property
+    def curvature(self) -> Array:
+        """Hessian eigenvalues of the modes that the per-mode laws look at, descending, all positive, [k]."""
+        return self.pairs.eigenvalues.cpu().numpy()[self.chosen]
 
     @cached_property
     def vectors(self) -> torch.Tensor:
         """Eigenvectors of those modes, [P, k]."""
-        return self.pairs.eigenvectors[:, : len(self.curvature)]
+        return self.pairs.eigenvectors[:, torch.as_tensor(self.chosen)]
 
     @cached_property
     def spectrum(self) -> tuple[Array, Array, float]:
@@ -268,7 +287,7 @@ class Evidence:
             zero, and the noise trace that these modes leave over (in weights whose curvature is not resolved).
         """
         values = self.pairs.eigenvalues.cpu().numpy()
-        along = self._noise_along(self.pairs.eigenvectors).mean(0) * self.sgd.minibatch_factor
+        along = self._noise_at_points[0].mean(0) * self.sgd.minibatch_factor
         rest = max(0.0, self.noise_trace - float(along.sum()))
         return np.maximum(values, 0.0), along, rest if len(values) < self.problem.P else 0.0
 
@@ -312,13 +331,10 @@ class Evidence:
             traces.append(noise.strength(self.problem, theta, self.samples).value)
         return np.array(along), np.array(traces)
 
-    def _noise_along(self, vectors: torch.Tensor) -> Array:
-        return self._noise_at_points[0][:, : vectors.shape[1]]
-
     @cached_property
     def sample_noise(self) -> Array:
         """Per-sample gradient variance C_ii along the modes, at each point of the path, [m, k]."""
-        return self._noise_along(self.vectors)
+        return self._noise_at_points[0][:, self.chosen]
 
     @cached_property
     def noise(self) -> Array:

@@ -48,8 +48,8 @@ class FluctuationDissipation(Law):
         if all(c.met for c in checks):
             plain = not evidence.sgd.nesterov and evidence.sgd.dampening == 0
             checks.append(Assumption("needs heavy-ball momentum", plain, "Nesterov or dampening" if not plain else ""))
-            enough = len(evidence.steps) >= 40
-            checks.append(Assumption("needs 40 steps", enough, f"{len(evidence.steps)} recorded"))
+            enough = len(evidence.steps) >= 80
+            checks.append(Assumption("needs 80 steps", enough, f"{len(evidence.steps)} recorded"))
         return checks
 
     def measure(self, evidence: Evidence) -> Measured:
@@ -62,8 +62,11 @@ class FluctuationDissipation(Law):
         draws = generator.integers(0, blocks, (400, blocks))
         ratio = float(left.mean() / right.mean())
         error = bootstrap(lambda draw: float(left[draw].mean() / right[draw].mean()), draws)
-        middle = [b.mean() for b in np.array_split(evidence.steps[1:], blocks)]
-        note = f"All {evidence.problem.P} weights, {len(work)} steps in {blocks} blocks."
+        middle = [b.mean() for b in np.array_split(evidence.steps[-len(work) :], blocks)]
+        note = (
+            f"All {evidence.problem.P} weights, {len(work)} steps in {blocks} blocks; c is the mean of the quarter of "
+            "the record before them, so that a drift shows."
+        )
         details = {"x": np.array(middle), "measured_y": left / right.mean(), "predicted_y": np.ones(blocks)}
         return Measured(ratio, error, blocks - 1, details, note)
 
@@ -77,9 +80,12 @@ class FluctuationDissipation(Law):
         return ax
 
     def _terms(self, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
-        """(theta_k - c).(beta v_k - v_{k+1}) and |v_{k+1}|^2 for consecutive steps; c is the centre."""
-        centre = evidence.centre.cpu().numpy()
-        beta = evidence.sgd.momentum
+        """(theta_k - c).(beta v_k - v_{k+1}) and |v_{k+1}|^2 at the steps after the first quarter, whose mean is c.
+
+        With the mean of the whole record as c the work done by a steady drift would cancel between its two halves.
+        """
+        beta, quarter = evidence.sgd.momentum, evidence.path.T // 4
+        centre = evidence.path.rows(0, quarter).mean()
         work, kinetic = [], []
         last: np.ndarray | None = None
         for start, block in evidence.velocity_blocks():
@@ -90,4 +96,4 @@ class FluctuationDissipation(Law):
             work.append(np.einsum("tp,tp->t", weights[:-1], gradient))
             kinetic.append(np.einsum("tp,tp->t", speed[1:], speed[1:]))
             last = block[-1:]
-        return np.concatenate(work), np.concatenate(kinetic)
+        return np.concatenate(work)[quarter:], np.concatenate(kinetic)[quarter:]

@@ -65,6 +65,8 @@ class NoiseAlignment(Law):
             f"(correlation of the logarithms {fit.correlation:.2f}); C_ii/H_ii runs from {ratio.min():.2g} to "
             f"{ratio.max():.2g}. Noise averaged over {len(noise)} points of the path."
         )
+        if evidence.silent_modes:
+            note += f" {evidence.silent_modes} modes without any gradient noise are left out here and below."
         if 1 <= fit.exponent <= 2:
             note += " The exponent lies in the range 1 to 2 of Zhang et al."
         unit = np.exp(np.mean(np.log(noise.mean(0)[noise.mean(0) > 0] / curvature[noise.mean(0) > 0])))
