@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import traceback
 import warnings
@@ -34,7 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out, err = Console(), Console(stderr=True)
+# into a file or a pipe rich writes 80 columns, too few for the law sheet
+_wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 118
+out, err = Console(width=_wide), Console(stderr=True)
 _DEMO = Path(__file__).with_name("demo.toml")
 _settings = {"debug": False}
 
