@@ -135,7 +135,7 @@ def test_effective_number_of_unequal_directions(inverse, ratio, low, high):
 
 def test_bad_input_is_refused_with_the_reason():
     with pytest.raises(NotAvailableError):
-        discrete.first_passage_steps(SGD(lr=0.1, batch_size=2), 1.0, 2.0)
+        discrete.first_passage_steps(SGD(lr=0.1, momentum=0.5, batch_size=2), 1.0, 2.0)
     with pytest.raises(NotAvailableError):
         discrete.kesten_index(SGD(lr=0.1, momentum=0.5, batch_size=2), 1.0)
     with pytest.raises(DataError, match="ascend"):

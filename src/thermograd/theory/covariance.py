@@ -124,7 +124,13 @@ def _symmetric(matrix: ArrayLike, name: str) -> Array:
 
 
 def linear_regression_moments(
-    sgd: SGD, X: ArrayLike, y: ArrayLike, *, multiplicative: bool = True, rtol: float = 1e-12
+    sgd: SGD,
+    X: ArrayLike,
+    y: ArrayLike,
+    *,
+    multiplicative: bool = True,
+    noise_factor: float | None = None,
+    rtol: float = 1e-12,
 ) -> CovarianceBlocks:
     r"""Stationary mean and covariance of minibatch SGD on linear regression.
 
@@ -143,6 +149,9 @@ def linear_regression_moments(
         X: inputs, [N, d].
         y: targets, [N].
         multiplicative: whether the noise depends on the weights (as it does); else it is frozen at the mean.
+        noise_factor: ratio of minibatch to per-sample covariance, ``sgd.minibatch_factor`` by default;
+            :func:`~thermograd.theory.epoch.subset_factor` (with ``sampling="replacement"``) for batches without
+            repetition that are independent of each other.
         rtol: relative change at which the fixed point is taken as reached.
 
     Returns:
@@ -178,10 +187,11 @@ def linear_regression_moments(
     mean = x.T @ targets / size / (curvature + sgd.weight_decay)
     gradient = x * (x @ mean - targets)[:, None]  # [N, d]
     average = gradient.mean(axis=0)
-    additive = (gradient.T @ gradient / size - np.outer(average, average)) * sgd.minibatch_factor
+    factor = sgd.minibatch_factor if noise_factor is None else float(finite(noise_factor, "noise_factor"))
+    additive = (gradient.T @ gradient / size - np.outer(average, average)) * factor
     driven = np.zeros_like(additive)
     if multiplicative:
-        driven = _driven_noise(coloured[0] * additive, x, curvature, white[0], sgd.minibatch_factor, rtol)
+        driven = _driven_noise(coloured[0] * additive, x, curvature, white[0], factor, rtol)
     position, velocity, cross = (
         basis @ (c * additive + w * driven) @ basis.T for c, w in zip(coloured, white, strict=True)
     )

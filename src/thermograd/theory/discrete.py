@@ -18,7 +18,7 @@ from ..errors import ConvergenceError, DataError, NotAvailableError, UnstableErr
 from ..hyperparameters import SGD
 from .arrays import Array, finite
 from .power_law import _thresholds
-from .stability import gaussian_gain
+from .stability import _gaussian_response, gaussian_gain
 
 __all__ = [
     "first_passage_steps",
@@ -30,14 +30,15 @@ __all__ = [
 
 
 def gaussian_regression_variance(sgd: SGD, curvature: ArrayLike, label_noise: float) -> Array:
-    r"""Stationary variance of each mode under minibatches of fresh Gaussian samples, exact, heavy ball.
+    r"""Stationary variance of each mode under minibatches of fresh Gaussian samples, exact.
 
     :math:`S_i=\frac{\sigma^2}{B}\big(1+\frac{\kappa}{B}\big)\frac{\eta}{G_i}`,
     :math:`G=2(1-\beta)-\big(\frac{1-\beta}{1+\beta}+\frac1B\big)\eta A`,
-    :math:`\kappa=\frac{\mathrm{Tr}[\eta AG^{-1}]}{1-\mathrm{Tr}[\eta AG^{-1}]/B}` (Ziyin et al. 2022, Theorem 2).
+    :math:`\kappa=\frac{\mathrm{Tr}[\eta AG^{-1}]}{1-\mathrm{Tr}[\eta AG^{-1}]/B}` (Ziyin et al. 2022, Theorem 2) for
+    heavy ball; dampening and Nesterov by the same argument with their own response to noise (derived).
 
     Args:
-        sgd: hyperparameters with a batch size; no Nesterov, dampening or weight decay.
+        sgd: hyperparameters with a batch size; no weight decay.
         curvature: eigenvalues of A, [n].
         label_noise: variance of y around the fit, sigma^2.
 
@@ -46,22 +47,23 @@ def gaussian_regression_variance(sgd: SGD, curvature: ArrayLike, label_noise: fl
 
     Raises:
         UnstableError: the mean square diverges.
-        NotAvailableError: Nesterov, dampening or weight decay.
+        NotAvailableError: weight decay.
 
     >>> round(float(gaussian_regression_variance(SGD(lr=0.1, batch_size=1), np.ones(10), 1.0).sum()), 6)  # E |theta|^2
     1.25
     """
-    a = np.atleast_1d(finite(curvature, "curvature"))
-    gain = gaussian_gain(sgd, a)
-    if gain >= 1:
+    weights = _gaussian_response(sgd, curvature)
+    gain = gaussian_gain(sgd, curvature)
+    if weights is None or gain >= 1:
         raise UnstableError(
             f"the mean square diverges (stability number {gain:g})",
             expected="a stability number below 1",
             remedy="lower the learning rate or the number of directions, or raise the batch size",
         )
-    batch, beta = sgd._needed("batch_size"), sgd.momentum
-    g = 2 * (1 - beta) - ((1 - beta) / (1 + beta) + 1 / batch) * sgd.lr * a
-    return float(finite(label_noise, "label_noise")) / batch / (1 - gain) * sgd.lr / g
+    noise = float(finite(label_noise, "label_noise"))
+    if noise < 0:
+        raise DataError(f"label_noise is {noise:g}", expected="a variance >= 0")
+    return noise * weights / (1 - gain)
 
 
 def kesten_index(sgd: SGD, curvature: float) -> float:
@@ -200,24 +202,36 @@ def _reduce(inside: Array, leave: Array) -> Array:
     return times
 
 
-def _half_normal() -> tuple[Array, Array]:
-    """Nodes and weights for the mean over |x|, x standard normal: panels that resolve x near 0 and far tails."""
+def _mean_square_inputs(batch: int) -> tuple[Array, Array]:
+    """Nodes z and weights for the mean over the mean of B squared normals, z = |x| for B = 1, its root otherwise.
+
+    Panels resolve the neighbourhood of 0, where the kernel is sharp, and far tails.
+    """
     node, weight = roots_legendre(24)
-    edges = np.array([0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 2.5, 4, 6, 9, 13])
+    if batch == 1:
+        edges = np.array([0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 2.5, 4, 6, 9, 13])
+    else:
+        high = 1 + 9 / np.sqrt(batch) + (8 / np.sqrt(batch)) ** 2
+        edges = np.concatenate([high * np.geomspace(1e-3, 0.05, 4), np.linspace(0.05, 1, 9)[1:] * high])
+        edges = np.concatenate([[0.0], edges])
     half = np.diff(edges)[:, None] / 2
-    x = (edges[:-1, None] + half + half * node).ravel()
-    return x, (half * weight).ravel() * np.sqrt(2 / np.pi) * np.exp(-(x**2) / 2)
+    z = (edges[:-1, None] + half + half * node).ravel()
+    log_density = (  # of z = sqrt(chi^2_B / B)
+        np.log(2) + batch / 2 * np.log(batch / 2) - gammaln(batch / 2) + (batch - 1) * np.log(z) - batch * z**2 / 2
+    )
+    return z, (half * weight).ravel() * np.exp(log_density)
 
 
 def first_passage_steps(sgd: SGD, curvature: float, loss_ratio: ArrayLike, *, cells: int = 300) -> Array:
-    r"""Exact mean number of steps of single-sample SGD until the loss reaches c times its minimum, one dimension.
+    r"""Exact mean number of steps of minibatch SGD until the loss reaches c times its minimum, one dimension.
 
-    Transition kernel of :math:`u\to u-\eta h\,x(xu-y)` folded to |u|, fresh Gaussian samples, batch size 1, watched
-    after every step, extrapolated from two cell sizes. Start at the minimum. Compare
+    Transition kernel of :math:`u\to u(1-\eta hz^2)+\eta h\frac{z}{\sqrt B}\xi`, :math:`Bz^2\sim\chi^2_B`,
+    :math:`\xi\sim N(0,1)`, which is :math:`u-\eta h\,\overline{x(xu-y)}`, folded to |u|: fresh Gaussian samples,
+    watched after every step, extrapolated from two cell sizes. Start at the minimum. Compare
     :func:`thermograd.theory.power_law.mean_first_passage_time`, the continuous theory, and :func:`quasi_potential`.
 
     Args:
-        sgd: hyperparameters with batch_size 1, no momentum or weight decay.
+        sgd: hyperparameters with a batch size, no momentum or weight decay.
         curvature: h > 0.
         loss_ratio: c > 1, [m] or a number.
         cells: of the finer grid.
@@ -226,23 +240,24 @@ def first_passage_steps(sgd: SGD, curvature: float, loss_ratio: ArrayLike, *, ce
         Steps, [m].
 
     Raises:
-        NotAvailableError: another batch size, momentum or weight decay.
+        NotAvailableError: momentum or weight decay, with which the chain is not one-dimensional.
         DataError: a threshold not above the minimum.
 
     >>> first_passage_steps(SGD(lr=0.1, batch_size=1), 1.0, 1.5, cells=200).round(-1)
     array([780.])
     """
-    if sgd.momentum or sgd.weight_decay or sgd._needed("batch_size") != 1:
-        raise NotAvailableError(
-            "the kernel is for plain SGD with single samples", remedy="use simulate.linear_regression_first_passage"
-        )
+    if sgd.momentum or sgd.weight_decay:
+        raise NotAvailableError("the kernel is for plain SGD", remedy="use simulate.linear_regression_first_passage")
+    batch = sgd._needed("batch_size")
     step = sgd.lr * float(finite(curvature, "curvature"))
-    x, weight = _half_normal()
+    if not step > 0:
+        raise DataError(f"the curvature is {curvature}", expected="a number > 0")
+    x, weight = _mean_square_inputs(batch)
 
     def cumulative(u: Array, b: Array) -> Array:
         total = np.zeros(np.broadcast_shapes(u.shape, b.shape))
         for xi, wi in zip(x, weight, strict=True):
-            centre, spread = u * (1 - step * xi**2), step * xi
+            centre, spread = u * (1 - step * xi**2), step * xi / np.sqrt(batch)
             total += wi * (ndtr((b - centre) / spread) - ndtr((-b - centre) / spread))
         return total  # P(|next| <= b), so that the fold at zero leaves nothing below
 

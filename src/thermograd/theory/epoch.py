@@ -22,7 +22,7 @@ from ..errors import HyperparameterError
 from ..hyperparameters import SGD
 from .arrays import Array, as_steps
 
-__all__ = ["EpochNoise", "epoch_noise", "noise_autocovariance"]
+__all__ = ["EpochNoise", "epoch_noise", "noise_autocovariance", "subset_factor"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,29 @@ def noise_autocovariance(sgd: SGD, lags: ArrayLike, *, drop_last: bool = False) 
     array([ 1.    , -0.3333,  1.    ])
     """
     return epoch_noise(sgd, drop_last=drop_last).at(as_steps(lags, "lags"))
+
+
+def subset_factor(sgd: SGD) -> float:
+    r"""Minibatch over per-sample gradient variance without repetition inside a batch, :math:`\frac{N-B}{B(N-1)}`.
+
+    Mori et al. (2022), Eq. 8; every batch of an epoch has it too. Batches that are such subsets but *independent of
+    each other* are the scheme "replacement" of this package with this factor: white in time, smaller in size.
+
+    Args:
+        sgd: hyperparameters with batch_size and dataset_size.
+
+    Returns:
+        The factor, 1/B for N much larger than B and zero for the full batch.
+
+    Raises:
+        HyperparameterError: sizes missing, or a batch larger than the data set.
+
+    >>> round(subset_factor(SGD(lr=0.1, batch_size=10, dataset_size=100, sampling="replacement")), 6)
+    0.090909
+    """
+    batch, size = sgd._needed("batch_size"), sgd._needed("dataset_size")
+    if batch > size:
+        raise HyperparameterError(
+            f"batch_size {batch} is larger than dataset_size {size}", expected="a subset no larger than the data set"
+        )
+    return (size - batch) / (batch * (size - 1)) if size > 1 else 0.0

@@ -137,7 +137,7 @@ def half_step_times(sgd: SGD, steps: ArrayLike) -> tuple[Array, Array]:
     >>> half_step_times(SGD(lr=0.1), [0, 10])
     (array([0.05, 1.05]), array([0., 1.]))
     """
-    k = as_steps(steps)
+    k = as_steps(steps).astype(np.float64)
     return _step(sgd) * (k + 0.5), _step(sgd) * k
 
 
@@ -324,7 +324,7 @@ def ornstein_uhlenbeck_msd(sgd: SGD, curvature: ArrayLike, noise_variance: Array
     array([[1.34060154]])
     """
     found = langevin_coefficients(sgd, curvature, noise_variance)
-    times = _step(sgd) * as_steps(steps)
+    _, times = half_step_times(sgd, steps)
     return found.noise / (2 * found.friction) * _integrated_sine(found.friction, found.omega, times)
 
 

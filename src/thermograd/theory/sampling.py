@@ -6,6 +6,10 @@ Nesterov, dampened) and weight decay. Every result is a positive sum over the st
 the curvature vanishes. ``noise_variance`` is always the variance of the *minibatch* gradient along the mode
 (for a full batch, finite-population factor included), [n].
 
+Batches without repetition inside a batch but independent of each other ("subsets") have the time statistics of
+``sampling="replacement"`` and the variance of an epoch's batch: use that scheme with :func:`subset_factor`. Note that
+``SGD.minibatch_factor`` with ``sampling="replacement"`` is 1/B, samples drawn with repetition.
+
 Source: Kuehn & Rosenow 2023 (arXiv 2306.05300), re-derived and extended to Nesterov, dampening, fixed order, short
 last batches and finite windows.
 """
@@ -15,23 +19,41 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import UnstableError
 from ..hyperparameters import SGD
-from .arrays import Array, as_modes, as_steps, finite
-from .epoch import EpochNoise, epoch_noise, noise_autocovariance
+from .arrays import Array, as_steps
+from .epoch import EpochNoise, epoch_noise, noise_autocovariance, subset_factor
 from .mode import Mode, advance, mode
+from .scaling import (
+    asymptotic_correlation_time,
+    asymptotic_variance,
+    asymptotic_velocity_variance,
+    crossover_curvature,
+    detrended_scaling_form,
+    flat_window_variance,
+    floor_curvature,
+    measured_floor,
+    multiplicative_floor,
+    scaling_form,
+)
 from .window import weight_variance_window, window_weights
 
 __all__ = [
+    "asymptotic_correlation_time",
     "asymptotic_variance",
+    "asymptotic_velocity_variance",
     "autocovariance",
     "correlation_time",
     "crossover_curvature",
+    "detrended_scaling_form",
     "epoch_noise",
+    "flat_window_variance",
+    "floor_curvature",
     "mean_squared_displacement",
+    "measured_floor",
     "multiplicative_floor",
     "noise_autocovariance",
     "scaling_form",
+    "subset_factor",
     "velocity_variance",
     "weight_variance",
     "weight_variance_window",
@@ -228,100 +250,3 @@ def _line_sum(filters: Mode, noise: EpochNoise, lags: NDArray[np.int64], *, disp
         angle = 2 * np.pi * ((lags[:, None] * block) % noise.batches) / noise.batches  # [t, f]
         out += (4 * np.sin(angle / 2) ** 2 if displacement else np.cos(angle)) @ power
     return noise.spike / noise.batches * filters.noise * out
-
-
-def scaling_form(x: ArrayLike) -> Array:
-    r"""Variance of a reshuffled mode over the white-noise one, :math:`r(x)=1-2(x-1+e^{-x})/x^2`.
-
-    :math:`x=\eta h M/(1-\beta)`, for :math:`M(1-\beta)\gg1` (Kuehn & Rosenow 2023). The same function gives the
-    loss of variance in a window of T steps whose mean is subtracted, with T in place of M.
-
-    Args:
-        x: numbers >= 0.
-
-    Returns:
-        Same shape; x/3 for small x, 1 - 2/x for large.
-
-    Raises:
-        NonFiniteError: NaN or infinity given.
-
-    >>> float(scaling_form(3.0).round(4))
-    0.5445
-    """
-    x = finite(x, "x")
-    small = np.abs(x) < 0.02
-    safe = np.where(small, 1.0, x)
-    series = x / 3 - x**2 / 12 + x**3 / 60 - x**4 / 360
-    return np.where(small, series, 1 - 2 * (safe + np.expm1(-safe)) / safe**2)
-
-
-def crossover_curvature(sgd: SGD, steps: float | None = None) -> float:
-    r"""Curvature at which the flat and sharp asymptotes meet, :math:`3(1-\beta)/(\eta(M+1))` less weight decay.
-
-    Args:
-        sgd: hyperparameters with batch_size and dataset_size, unless ``steps`` is given.
-        steps: length of a window in steps, whose crossover :math:`3(1-\beta)/(\eta T)` is asked for instead.
-
-    Returns:
-        The curvature (Kuehn & Rosenow 2023); the crossover is broad.
-
-    Raises:
-        HyperparameterError: sizes missing.
-
-    >>> round(crossover_curvature(SGD(lr=0.1, batch_size=50, dataset_size=1500)), 3)
-    0.968
-    """
-    length = sgd.steps_per_epoch + 1 if steps is None else steps
-    return float(3 / (sgd.effective_lr * length) - sgd.weight_decay)
-
-
-def asymptotic_variance(sgd: SGD, curvature: ArrayLike, noise_variance: ArrayLike) -> tuple[Array, Array]:
-    r"""The two asymptotes of the reshuffled weight variance: (flat, sharp), [n] each.
-
-    Flat :math:`(\eta/(1-\beta))^2 s (M+1)/6` and sharp :math:`\eta s/(2h(1-\beta))` (Kuehn & Rosenow 2023), for
-    heavy ball with :math:`M(1-\beta)\gg1` and small :math:`\eta h`.
-
-    Args:
-        sgd: hyperparameters with batch_size and dataset_size.
-        curvature: Hessian eigenvalues without weight decay, [n].
-        noise_variance: variance of the minibatch gradient, [n].
-
-    Returns:
-        The flat and the sharp asymptote.
-
-    Raises:
-        UnstableError: curvature plus weight decay is not positive.
-
-    >>> flat, sharp = asymptotic_variance(SGD(lr=0.1, batch_size=10, dataset_size=1000), [1.0], 1.0)
-    >>> flat.round(4), sharp.round(4)
-    (array([0.1683]), array([0.05]))
-    """
-    h, s = as_modes(curvature, noise_variance)
-    if np.any(h + sgd.weight_decay <= 0):
-        raise UnstableError("curvature plus weight decay is not positive", expected="curvature + weight_decay > 0")
-    flat = sgd.effective_lr**2 * s * (sgd.steps_per_epoch + 1) / 6
-    return flat, sgd.effective_lr * s / (2 * (h + sgd.weight_decay))
-
-
-def multiplicative_floor(sgd: SGD, hessian_trace: float) -> float:
-    r"""Floor :math:`\epsilon` that weight-dependent noise puts under the reshuffled variance, over the white-noise one.
-
-    :math:`\sigma^2\approx\sigma^2_{white}[r(x)+\epsilon]`,
-    :math:`\epsilon\approx\eta\,\mathrm{Tr}H/(2B(1-\beta))` for linear regression (derived and checked here: the
-    part of the noise that changes with the weights does not cancel over an epoch).
-
-    Args:
-        sgd: hyperparameters with batch_size.
-        hessian_trace: trace of the Hessian, > 0.
-
-    Returns:
-        The floor, a ratio of variances, to first order in the learning rate.
-
-    Raises:
-        NonFiniteError: NaN or infinity given.
-
-    >>> round(multiplicative_floor(SGD(lr=0.1, batch_size=10, dataset_size=1000), 7.0), 4)
-    0.035
-    """
-    trace = float(finite(hessian_trace, "hessian_trace"))
-    return sgd.effective_lr * trace / (2 * sgd._needed("batch_size"))

@@ -7,10 +7,17 @@ from numpy.typing import ArrayLike
 
 from ..errors import DataError, NotAvailableError, UnstableError
 from ..hyperparameters import SGD
-from .arrays import finite
+from .arrays import Array, as_modes, finite
 from .covariance import _responses, _spread_noise
+from .mode import mode
 
-__all__ = ["gaussian_gain", "largest_dimension", "largest_stable_curvature", "mean_square_gain"]
+__all__ = [
+    "gaussian_gain",
+    "gaussian_gain_continuous",
+    "largest_dimension",
+    "largest_stable_curvature",
+    "mean_square_gain",
+]
 
 
 def largest_stable_curvature(sgd: SGD) -> float:
@@ -35,8 +42,11 @@ def largest_stable_curvature(sgd: SGD) -> float:
 def gaussian_gain(sgd: SGD, curvature: ArrayLike) -> float:
     r"""Stability number of Gaussian linear regression; SGD is stable in mean square when it is below 1.
 
-    :math:`\frac1B\mathrm{Tr}[\eta A\,G^{-1}]`, :math:`G=2(1-\beta)-\big(\frac{1-\beta}{1+\beta}+\frac1B\big)\eta A`
-    (from Ziyin et al. 2022, arXiv 2102.05375, Theorem 2): fresh inputs with covariance A, heavy ball, no weight decay.
+    Heavy ball: :math:`\frac1B\mathrm{Tr}[\eta A\,G^{-1}]`,
+    :math:`G=2(1-\beta)-\big(\frac{1-\beta}{1+\beta}+\frac1B\big)\eta A`
+    (from Ziyin et al. 2022, arXiv 2102.05375, Theorem 2): fresh inputs with covariance A, no weight decay. In general
+    :math:`\sum_ih_iw_i`, :math:`w_i=\frac{h_iR_i/B}{1-h_i^2R_i/B}`, R the stationary variance under unit noise (derived;
+    that covers dampening and Nesterov).
 
     Args:
         sgd: hyperparameters with a batch size.
@@ -47,17 +57,53 @@ def gaussian_gain(sgd: SGD, curvature: ArrayLike) -> float:
         :func:`mean_square_gain`, which counts the noise along a direction's own spread as noise too.
 
     Raises:
-        NotAvailableError: Nesterov, dampening or weight decay.
+        NotAvailableError: weight decay.
 
     >>> round(gaussian_gain(SGD(lr=0.1, batch_size=1), [1.0] * 18), 6)
     1.0
     """
-    if sgd.nesterov or sgd.dampening or sgd.weight_decay:
-        raise NotAvailableError("the Gaussian bound is for plain heavy ball", remedy="use mean_square_gain with data")
-    a = sgd.lr * np.atleast_1d(finite(curvature, "curvature"))
-    beta, batch = sgd.momentum, sgd._needed("batch_size")
-    g = 2 * (1 - beta) - ((1 - beta) / (1 + beta) + 1 / batch) * a
-    return float("inf") if np.any(g <= 0) else float((a / g).sum() / batch)
+    weights = _gaussian_response(sgd, curvature)
+    return float("inf") if weights is None else float((as_modes(curvature)[0] * weights).sum())
+
+
+def _gaussian_response(sgd: SGD, curvature: ArrayLike) -> Array | None:
+    """Variance of each mode per unit of sigma^2 + Tr[AS]; None when a single mode is unstable by itself."""
+    if sgd.weight_decay:
+        raise NotAvailableError("the Gaussian bound is without weight decay", remedy="use mean_square_gain with data")
+    a, _ = as_modes(curvature)
+    try:
+        filters = mode(sgd, a, bounded=False)
+    except UnstableError:
+        return None
+    response = filters.drive / (2 * filters.step) / sgd._needed("batch_size")  # h R / B, finite at h = 0
+    return None if np.any(a * response >= 1) else response / (1 - a * response)
+
+
+def gaussian_gain_continuous(sgd: SGD, curvature: ArrayLike) -> float:
+    r"""Stability number of the Ito equation with the exact Gaussian covariance, :math:`(L+L^*)`-type noise (derived).
+
+    :math:`\sum_i\frac{x_i}{1-x_i}`, :math:`x_i=\frac{\eta h_i}{2B(1-\beta)}`: the limit of :func:`gaussian_gain` at small
+    learning rate. d equal directions are stable below :math:`\frac{2B}{\eta h}-1`; with Mori's noise 2LH/B instead
+    below :math:`\frac{2B}{\eta h}`; the discrete bound is :math:`\frac{2B}{\eta h}-B-1` (:func:`largest_dimension`).
+
+    Args:
+        sgd: hyperparameters with a batch size.
+        curvature: eigenvalues of the input covariance A, [n].
+
+    Returns:
+        The number; infinite when a single direction is already unstable.
+
+    Raises:
+        DataError: a negative curvature.
+
+    >>> round(gaussian_gain_continuous(SGD(lr=0.1, batch_size=1), [1.0] * 19), 6)
+    1.0
+    """
+    a, _ = as_modes(curvature)
+    if np.any(a < 0):
+        raise DataError(f"a curvature is {a.min():g}", expected="eigenvalues of a covariance, >= 0")
+    x = sgd.effective_lr * a / (2 * sgd._needed("batch_size"))
+    return float("inf") if np.any(x >= 1) else float((x / (1 - x)).sum())
 
 
 def largest_dimension(sgd: SGD, curvature: float) -> float:
@@ -75,7 +121,7 @@ def largest_dimension(sgd: SGD, curvature: float) -> float:
 
     Raises:
         DataError: a curvature that is not positive.
-        NotAvailableError: Nesterov, dampening or weight decay.
+        NotAvailableError: weight decay.
 
     >>> round(largest_dimension(SGD(lr=0.1, batch_size=1), 1.0), 6)
     18.0

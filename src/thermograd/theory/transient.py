@@ -6,10 +6,11 @@ Additive noise mode by mode (:func:`propagate`), and linear regression with the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import DataError, NotAvailableError
 from ..hyperparameters import SGD
@@ -251,7 +252,13 @@ def _block_step(sgd: SGD, stiff: Array) -> tuple[Array, Array]:
     return np.block([top, [-gain * stiff, beta * eye]]), push
 
 
-def _record(mean: Array, spread: Array, centre: Array, wanted: Array, advance_once) -> RegressionTransient:  # type: ignore[no-untyped-def,type-arg]
+def _record(
+    mean: Array,
+    spread: Array,
+    centre: Array,
+    wanted: NDArray[np.int64],
+    advance_once: Callable[[Array, Array], tuple[Array, Array]],
+) -> RegressionTransient:
     """Iterate to the last step wanted and keep the weights' block at each."""
     d = len(centre)
     means, spreads = np.empty((len(wanted), d)), np.empty((len(wanted), d, d))
