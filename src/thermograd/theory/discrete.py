@@ -17,7 +17,7 @@ from scipy.special import gammaln, ndtr, roots_legendre
 from ..errors import ConvergenceError, DataError, NotAvailableError, UnstableError
 from ..hyperparameters import SGD
 from .arrays import Array, finite
-from .power_law import _thresholds
+from .radial import _thresholds
 from .stability import _gaussian_response, gaussian_gain
 
 __all__ = [

@@ -45,8 +45,8 @@ def gaussian_gain(sgd: SGD, curvature: ArrayLike) -> float:
     Heavy ball: :math:`\frac1B\mathrm{Tr}[\eta A\,G^{-1}]`,
     :math:`G=2(1-\beta)-\big(\frac{1-\beta}{1+\beta}+\frac1B\big)\eta A`
     (from Ziyin et al. 2022, arXiv 2102.05375, Theorem 2): fresh inputs with covariance A, no weight decay. In general
-    :math:`\sum_ih_iw_i`, :math:`w_i=\frac{h_iR_i/B}{1-h_i^2R_i/B}`, R the stationary variance under unit noise (derived;
-    that covers dampening and Nesterov).
+    :math:`\sum_ih_iw_i`, :math:`w_i=\frac{h_iR_i/B}{1-h_i^2R_i/B}`, R the stationary variance under unit noise
+    (derived; that covers dampening and Nesterov).
 
     Args:
         sgd: hyperparameters with a batch size.
@@ -80,11 +80,12 @@ def _gaussian_response(sgd: SGD, curvature: ArrayLike) -> Array | None:
 
 
 def gaussian_gain_continuous(sgd: SGD, curvature: ArrayLike) -> float:
-    r"""Stability number of the Ito equation with the exact Gaussian covariance, :math:`(L+L^*)`-type noise (derived).
+    r"""Stability number of the Ito equation with the exact covariance of Gaussian inputs (derived).
 
-    :math:`\sum_i\frac{x_i}{1-x_i}`, :math:`x_i=\frac{\eta h_i}{2B(1-\beta)}`: the limit of :func:`gaussian_gain` at small
-    learning rate. d equal directions are stable below :math:`\frac{2B}{\eta h}-1`; with Mori's noise 2LH/B instead
-    below :math:`\frac{2B}{\eta h}`; the discrete bound is :math:`\frac{2B}{\eta h}-B-1` (:func:`largest_dimension`).
+    :math:`\sum_i\frac{x_i}{1-x_i}`, :math:`x_i=\frac{\eta h_i}{2B(1-\beta)}`: the limit of :func:`gaussian_gain` at
+    small learning rate. d equal directions are stable below :math:`\frac{2B}{\eta h}-1`; with Mori's noise 2LH/B
+    instead below :math:`\frac{2B}{\eta h}`; the discrete bound is :math:`\frac{2B}{\eta h}-B-1`
+    (:func:`largest_dimension`).
 
     Args:
         sgd: hyperparameters with a batch size.
