@@ -16,6 +16,14 @@ from thermograd import landscape, noise
 PROBLEM = teacher(samples=40, hidden=4)
 DIRECTIONS = torch.eye(PROBLEM.P).double()[:, :3]
 
+
+def _online() -> noise.OnlineScale:
+    scale = noise.OnlineNoiseScale(batch_size=10)
+    for i in range(4):
+        scale.update([PROBLEM.gradient(index=slice(10 * j, 10 * j + 10)) * (1 + i) for j in range(4)])
+    return scale.result()
+
+
 RESULTS: dict[str, Callable[[], Any]] = {
     "eigenpairs": lambda: landscape.eigenpairs(landscape.hessian(PROBLEM), 3, which="BE"),
     "trace": lambda: landscape.trace(landscape.hessian(PROBLEM), probes=12),
@@ -32,6 +40,10 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "noise_scale": lambda: noise.noise_scale(PROBLEM),
     "strength_along": lambda: noise.strength_along(PROBLEM, PROBLEM.theta * torch.tensor([[0.5], [1.0], [1.5]])),
     "decoupling": lambda: noise.decoupling(PROBLEM),
+    "covariance_spectrum": lambda: noise.covariance_spectrum(PROBLEM, n=30),
+    "epoch_autocovariance": lambda: noise.epoch_autocovariance(PROBLEM, DIRECTIONS, batch_size=8, epochs=40),
+    "gaussianity": lambda: noise.gaussianity(PROBLEM, DIRECTIONS, batch_size=8, batches=100),
+    "online": lambda: _online(),
     "alignment": lambda: noise.alignment(PROBLEM, k=8),
     "minibatch_losses": lambda: noise.minibatch_losses(PROBLEM, DIRECTIONS, [-0.1, 0.1], batch_size=5, batches=4),
 }

@@ -1,7 +1,8 @@
-r"""The covariance of per-sample gradients: as an operator, its spectrum, and along given directions."""
+r"""The covariance of per-sample gradients: as an operator, its spectrum, trace and diagonal."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,53 +10,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError
 from ..landscape.operators import MatrixOperator, Operator
 from ..landscape.spectrum import Eigenpairs, eigenpairs
 from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
-from .gradients import gradient_blocks, projections
+from .gradients import gradient_blocks, subsample
+from .gram import centre, leading
+from .perlayer import PerLayer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "BlockCovariance",
     "Covariance",
-    "DirectionalVariance",
+    "CovarianceSpectrum",
     "covariance",
     "covariance_eigenpairs",
-    "in_basis",
-    "in_directions",
+    "covariance_spectrum",
     "second_moment",
 ]
 
 _KEEP = 2**26  # per-sample gradients are kept when they are at most so many numbers (512 MiB in float64)
-_GRAM = 2000  # samples up to which the Gram matrix is decomposed in full
+_GRAM = 2000  # samples up to which the Gram matrix is always taken
+_GRAM_BYTES = 2**32  # what a Gram matrix may take
 _DENSE = 1200  # weights up to which the covariance itself is
+_CHECKS = 2  # random combinations of the eigenvectors whose residual is measured
 
 
 class Covariance(Operator):
     r"""Covariance (or second moment) of per-sample gradients as an operator; see :func:`covariance`.
 
-    The matrix of per-sample gradients is kept when it is small, else products are made chunk by chunk with two
-    backward passes for each vector and chunk, without forming per-sample gradients.
+    Products go through the layers: activations and back-signals of a block of samples are computed once for all
+    vectors, and kept where they fit in memory. Per-sample gradients of linear, convolutional, embedding,
+    normalisation and attention layers are not formed where that costs more than it saves. Below :data:`_DENSE`
+    weights the matrix of per-sample gradients is simply kept.
     """
 
     def __init__(self, problem: Problem, theta: Any = None, index: Any = None, centered: bool = True):
         super().__init__(problem.P, problem.dtype, problem.device)
         self.problem, self.centered = problem, bool(centered)
         self.theta = problem.as_theta(theta).clone()  # [P]
-        self._blocks = problem._blocks(index)
-        self.samples = sum(map(len, self._blocks))
-        self._index = torch.cat(self._blocks)
+        self._index = torch.cat(problem._blocks(index))
+        self.samples = len(self._index)
         self._rows: Tensor | None = None
+        self._layers: PerLayer | None = None
         self._mean: Tensor | None = None
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether the per-sample gradients are small enough to be kept."""
-        return self.samples * self.problem.P <= _KEEP
+        """Whether the per-sample gradients are few and short enough to be kept as a matrix."""
+        return self.samples * self.problem.P <= _KEEP and (self.problem.P <= _DENSE or self.problem.model is None)
+
+    @property
+    def layers(self) -> PerLayer:
+        """The per-sample gradients layer by layer."""
+        if self._layers is None:
+            self._layers = PerLayer(self.problem, self.theta, self._index)
+        return self._layers
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean gradient ``[P]``."""
+        if self._mean is None:
+            self._mean = self.layers.mean()
+        return self._mean
 
     def rows(self) -> Tensor:
         """The per-sample gradients ``[N, P]``, their mean subtracted if the operator is centred."""
@@ -69,65 +88,121 @@ class Covariance(Operator):
         if self.keeps_gradients:
             rows = self.rows()
             return rows.T @ (rows @ block) / self.samples
-        if self._mean is None:
-            self._mean = self.problem.gradient(self.theta, self._index)  # [P]
-        shift = self._mean @ block if self.centered else torch.zeros_like(block[0])  # [k]
-        total, count = torch.zeros_like(block), torch.zeros_like(shift)
-        for index in self._blocks:
-            part, mean = self._chunk(index, block, shift)
-            total += part
-            count += mean
-        if self.centered:
-            total -= self._mean[:, None] * count
-        return total / self.samples
+        return self.layers.product(block.T.contiguous(), self.mean if self.centered else None).T
 
-    def _chunk(self, index: Tensor, block: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over a chunk of g_i (g_i . v - shift), and of the bracket alone."""
-        leaf = self.theta.clone().requires_grad_()
-        losses = self.problem.differentiable_sample_losses(leaf, index)  # [b]
-        bad = (~torch.isfinite(losses.detach())).nonzero().flatten()
-        if len(bad):
-            raise NonFiniteError(f"the loss of sample {int(index[bad[0]])} is {float(losses.detach()[bad[0]])}")
-        if not losses.requires_grad:
-            return torch.zeros_like(block), torch.zeros_like(shift)
-        weights = torch.zeros_like(losses).requires_grad_()
-        (pulled,) = torch.autograd.grad(losses, leaf, weights, create_graph=True, materialize_grads=True)
-        columns, sums = [], []
-        for v, offset in zip(block.T, shift):
-            (pushed,) = torch.autograd.grad(pulled, weights, v, retain_graph=True, materialize_grads=True)  # [b]
-            pushed = pushed - offset
-            (column,) = torch.autograd.grad(losses, leaf, pushed, retain_graph=True, materialize_grads=True)
-            columns.append(column)
-            sums.append(pushed.sum())
-        return torch.stack(columns, dim=1), torch.stack(sums)
+    def gram(self) -> Tensor:
+        """Inner products of the per-sample gradients ``[N, N]``, centred if the operator is, over the sample count."""
+        if self.keeps_gradients:
+            rows = self.rows()
+            return rows @ rows.T / self.samples
+        K = self.layers.gram()
+        return (centre(K) if self.centered else K).div_(self.samples)
+
+    def trace(self) -> float:
+        """The trace, exactly, from the lengths of the per-sample gradients."""
+        if self.keeps_gradients:
+            return float(self.rows().square().sum()) / self.samples
+        total = float(self.layers.squares().double().mean())
+        return total - float(self.mean.double().square().sum()) if self.centered else total
+
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[P]``, exactly: the variance of each component of the gradient."""
+        if self.keeps_gradients:
+            return self.rows().square().mean(0)
+        found = self.layers.mean_squares()
+        return (found - self.mean.square()).clamp_min(0) if self.centered else found
+
+    def spectrum(self) -> Tensor:
+        """All eigenvalues that can differ from zero, ``[min(N, P)]`` descending.
+
+        Raises:
+            InputError: both the samples and the weights are too many for a full decomposition.
+        """
+        count = min(self.samples, self.problem.P)
+        if min(_DENSE, self.samples) >= self.problem.P:
+            values = torch.linalg.eigvalsh(self.dense())
+        elif self._gram_bytes <= _GRAM_BYTES:
+            values = torch.linalg.eigvalsh(self.gram())
+        else:
+            raise InputError(
+                f"the full spectrum of {self.samples} samples and {self.problem.P} weights",
+                expected="a Gram matrix of at most 4 GiB",
+                remedy="give index=, or n= to covariance_spectrum, to take fewer samples; or ask for eigenpairs",
+            )
+        return values.flip(0)[:count].clamp_min(0)
+
+    @property
+    def _gram_bytes(self) -> int:
+        return self.samples**2 * torch.finfo(self.dtype).bits // 8
 
     def eigenpairs(self, k: int = 10, tol: float = 1e-6, seed: int = 0) -> Eigenpairs:
         """The k largest eigenpairs, by the cheapest exact way; see :func:`covariance_eigenpairs`."""
         if not 1 <= int(k) <= self.problem.P:
             raise InputError(f"k is {k}", expected=f"1 to {self.problem.P}")
-        if not self.keeps_gradients:
-            return eigenpairs(self, k, tol=tol, seed=seed)
-        rows = self.rows()
-        if self.problem.P <= _DENSE:
+        if not 0 < tol < 1:
+            raise InputError(f"tol is {tol}", expected="a number between 0 and 1")
+        if self.problem.P <= _DENSE and self.keeps_gradients:
+            rows = self.rows()
             return eigenpairs(MatrixOperator(rows.T @ rows / self.samples), k, tol=tol, seed=seed)
-        if self.samples <= _GRAM and k <= self.samples:
-            pairs = self._by_gram(rows, int(k), tol)
+        if k <= self.samples and self._gram_is_cheaper(int(k)):
+            pairs = self._by_gram(int(k), tol, seed)
             if bool(pairs.converged.all()):
+                return pairs
+            if self.dtype == torch.float32:  # what rounding leaves: products in float32 would do no better
                 return pairs
         return eigenpairs(self, k, tol=tol, seed=seed)
 
-    def _by_gram(self, rows: Tensor, k: int, tol: float) -> Eigenpairs:
-        """Eigenpairs of G^T G / N from those of G G^T / N."""
-        values, vectors = torch.linalg.eigh(rows @ rows.T / self.samples)
-        values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-        lifted = rows.T @ vectors  # [P, k], of length sqrt(N a)
-        Q, R = torch.linalg.qr(lifted)  # the small ones have lost orthogonality to rounding
-        Q = Q * R.diagonal().sign()
-        Q = Q * torch.gather(Q, 0, Q.abs().argmax(0, keepdim=True)).sign()
-        norms = (rows.T @ (rows @ Q) / self.samples - Q * values).norm(dim=0)
-        floor = 50 * torch.finfo(values.dtype).eps * float(values[0].clamp_min(0))
-        residuals = norms / values.abs().clamp_min(max(floor, torch.finfo(values.dtype).tiny))
-        return Eigenpairs(values, Q, residuals, norms <= torch.clamp(tol * values.abs(), min=floor), self.samples)
+    def _gram_is_cheaper(self, k: int) -> bool:
+        """Whether the inner products of all samples cost less than the products that Lanczos would take."""
+        if self.samples <= _GRAM:
+            return True
+        steps = 3 * k + 60
+        return (
+            self._gram_bytes <= _GRAM_BYTES
+            and _GRAM > 0
+            and self.layers.gram_operations <= (4.0 * steps * self.samples * self.problem.P)
+        )
+
+    def _by_gram(self, k: int, tol: float, seed: int) -> Eigenpairs:
+        """Eigenpairs of G^T G / N from those of G G^T / N.
+
+        The residual of a lifted vector is G^T r / sqrt(N a) for the residual r of the small one, of length
+        sqrt(r . K r / a). What rounding adds is measured on random combinations of the lifted vectors.
+        """
+        K = self.gram()
+        values, vectors, rest = leading(K, k, tol, seed)
+        small = torch.finfo(self.dtype).tiny
+        floor = 50 * torch.finfo(self.dtype).eps * float(values[0].clamp_min(0))
+        norms = ((rest * (K @ rest)).sum(0).clamp_min(0) / values.clamp_min(max(floor, small))).sqrt()
+        del K
+        lifted = self._lift(vectors)  # [k, P]
+        lengths = lifted.norm(dim=1)
+        regular = bool((values > 1e3 * floor).all())
+        if regular:
+            V = lifted / lengths[:, None]
+            V *= V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
+        else:  # the small ones have lost orthogonality to rounding
+            Q, R = torch.linalg.qr(lifted.T)
+            Q = Q * R.diagonal().sign()
+            V = (Q * torch.gather(Q, 0, Q.abs().argmax(0, keepdim=True)).sign()).T.contiguous()
+        norms = self._with_rounding(values, V, norms, exactly=not regular)
+        residuals = norms / values.abs().clamp_min(max(floor, small))
+        converged = norms <= torch.clamp(tol * values.abs(), min=floor)
+        return Eigenpairs(values, V.T, residuals, converged, self.samples)
+
+    def _lift(self, vectors: Tensor) -> Tensor:
+        return vectors.T @ self.rows() if self.keeps_gradients else self.layers.lift(vectors)
+
+    def _with_rounding(self, values: Tensor, V: Tensor, norms: Tensor, exactly: bool) -> Tensor:
+        """Residual norms with what the products themselves show, in full or from random signed sums."""
+        if exactly:
+            return torch.maximum(norms, ((self @ V.T) - V.T * values).norm(dim=0))
+        signs = torch.randint(0, 2, (_CHECKS, len(V)), generator=torch.Generator().manual_seed(1))
+        signs = (2 * signs - 1).to(V)
+        sums = (signs @ V).T  # [P, checks]
+        seen = ((self @ sums) - ((signs * values) @ V).T).square().sum() / _CHECKS  # mean is the sum over pairs
+        excess = float(seen - norms.square().sum())
+        return (norms.square() + max(excess, 0.0) / len(V)).sqrt()
 
 
 def covariance(problem: Problem, theta: Any = None, index: Any = None, centered: bool = True) -> Covariance:
@@ -176,8 +251,10 @@ def covariance_eigenpairs(
 ) -> Eigenpairs:
     r"""Largest eigenpairs of the per-sample gradient covariance.
 
-    Exactly, from the N x N Gram matrix of per-sample gradients or from the P x P covariance, whichever is small;
-    by Lanczos otherwise.
+    Exactly, from the N x N Gram matrix of per-sample gradients (made layer by layer, see
+    :mod:`thermograd.noise.perlayer`) or from the P x P covariance, whichever is small; by Lanczos on the operator
+    otherwise, a block of vectors at a time. In float32 the smaller eigenvalues cannot be had better than the rounding
+    of the largest one; their residuals say how well.
 
     Args:
         problem: the problem.
@@ -199,89 +276,69 @@ def covariance_eigenpairs(
 
 
 @dataclass(frozen=True)
-class DirectionalVariance(Measurement):
-    """Variance of per-sample gradients along directions, C_ii, with standard errors over samples."""
+class CovarianceSpectrum(Measurement):
+    """The full spectrum of the gradient covariance; see :func:`covariance_spectrum`."""
 
-    variance: np.ndarray = quantity("direction", units="loss^2", long_name="variance of the per-sample gradient")
-    stderr: np.ndarray = quantity("direction", units="loss^2", long_name="standard error over samples")
-    mean: np.ndarray = quantity("direction", units="loss", long_name="mean gradient along the direction")
-    samples: int = quantity(long_name="number of samples")
+    eigenvalues: np.ndarray = quantity("mode", units="loss^2", long_name="eigenvalue of the gradient covariance")
+    trace: float = quantity(units="loss^2", long_name="Tr C")
+    trace_stderr: float = quantity(units="loss^2", long_name="its standard error from subsampling; zero when exact")
+    eigenvalues_stderr: np.ndarray = quantity("mode", units="loss^2", long_name="spread between two halves")
+    samples: int = quantity(long_name="number of samples used")
 
-    _primary = "variance"
+    _primary = "eigenvalues"
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Variance against the rank of the direction."""
+        """Eigenvalues against rank, both in logarithms."""
         ax = new_axes(ax)
-        ax.errorbar(np.arange(1, len(self.variance) + 1), self.variance, yerr=self.stderr, fmt="o", ms=3)
-        ax.set(xlabel="direction", ylabel="gradient variance", yscale="log")
+        kept = self.eigenvalues > 1e-15 * max(float(self.eigenvalues.max()), 1e-300)
+        ax.loglog(np.arange(1, len(self.eigenvalues) + 1)[kept], self.eigenvalues[kept], "o-", ms=3)
+        ax.set(xlabel="rank", ylabel="eigenvalue")
         return ax
 
 
-def in_directions(
-    problem: Problem, directions: Any, theta: Any = None, index: Any = None, centered: bool = True
-) -> DirectionalVariance:
-    r"""Variance of per-sample gradients along directions, :math:`C_{ii} = p_i^\top C_0\, p_i`.
+def covariance_spectrum(
+    problem: Problem, n: int | None = None, theta: Any = None, index: Any = None, centered: bool = True, seed: int = 0
+) -> CovarianceSpectrum:
+    r"""All eigenvalues of the per-sample gradient covariance that can differ from zero, from the Gram matrix.
 
-    The standard error is that of a variance estimated from N independent samples,
-    :math:`\sqrt{(m_4 - m_2^2)/N}` with the central moments m.
-
-    Args:
-        problem: the problem.
-        directions: ``[P, k]``, one direction a column (or ``[P]``, or eigenpairs).
-        theta: weights ``[P]``; default: where the model stands now.
-        index: the samples; default all N.
-        centered: whether the mean gradient is subtracted.
-
-    >>> problem = Problem.from_function(lambda w, a: (a * w).sum(), torch.ones(2), torch.tensor([[1.0, 0], [-1, 2]]))
-    >>> in_directions(problem, torch.eye(2)).variance
-    array([1., 1.])
-    """
-    slopes = projections(problem, directions, theta, index).double().cpu().numpy()  # [N, k]
-    mean = slopes.mean(0)
-    squares = (slopes - (mean if centered else 0)) ** 2
-    stderr = squares.std(0) / np.sqrt(len(slopes))
-    return DirectionalVariance(squares.mean(0), stderr, mean, len(slopes))
-
-
-@dataclass(frozen=True)
-class BlockCovariance(Measurement):
-    """The covariance of per-sample gradients within a subspace, with standard errors over samples."""
-
-    covariance: np.ndarray = quantity("direction", "direction_2", units="loss^2", long_name="gradient covariance")
-    stderr: np.ndarray = quantity("direction", "direction_2", units="loss^2", long_name="standard error")
-    samples: int = quantity(long_name="number of samples")
-
-    _primary = "covariance"
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The correlation matrix as an image."""
-        ax = new_axes(ax)
-        size = np.sqrt(np.maximum(np.diag(self.covariance), 1e-300))
-        ax.imshow(self.covariance / np.outer(size, size), vmin=-1, vmax=1, cmap="RdBu_r")
-        ax.set(xlabel="direction", ylabel="direction")
-        return ax
-
-
-def in_basis(
-    problem: Problem, directions: Any, theta: Any = None, index: Any = None, centered: bool = True
-) -> BlockCovariance:
-    r"""The block :math:`D^\top C_0 D` of the gradient covariance for directions D ``[P, k]``, as ``[k, k]``.
+    With ``n`` of N samples, drawn without replacement, the eigenvalues are those of that part of the data. Their
+    error is estimated from its two halves A and B: :math:`|a_i^A - a_i^B| / 2` has the size of the standard error of
+    the whole. Finite samples also bias the spectrum (large eigenvalues upwards, small ones downwards by order
+    P_eff/n), which halving shows as a systematic difference; the trace is unbiased.
 
     Args:
         problem: the problem.
-        directions: ``[P, k]``, one direction a column.
+        n: how many samples; default all. The work grows as n squared, and as n cubed for the decomposition.
         theta: weights ``[P]``; default: where the model stands now.
-        index: the samples; default all N.
+        index: the samples to draw from; default all N.
         centered: whether the mean gradient is subtracted.
+        seed: of the draw.
 
-    >>> problem = Problem.from_function(lambda w, a: (a * w).sum(), torch.ones(2), torch.tensor([[1.0, 1], [-1, -1]]))
-    >>> in_basis(problem, torch.eye(2)).covariance
-    array([[1., 1.],
-           [1., 1.]])
+    Raises:
+        InputError: the Gram matrix does not fit in memory.
+
+    >>> data = torch.tensor([[1.0, 0], [-1, 0], [0, 2], [0, -2]])
+    >>> problem = Problem.from_function(lambda w, a: (a * w).sum(), torch.ones(2), data)
+    >>> covariance_spectrum(problem).eigenvalues
+    array([2. , 0.5])
     """
-    slopes = projections(problem, directions, theta, index).double().cpu().numpy()  # [N, k]
-    slopes = slopes - (slopes.mean(0) if centered else 0)
-    count = len(slopes)
-    block = slopes.T @ slopes / count
-    fourth = (slopes**2).T @ (slopes**2) / count
-    return BlockCovariance(block, np.sqrt(np.maximum(fourth - block**2, 0) / count), count)
+    chosen = subsample(problem, index, n, seed)
+    population = len(torch.cat(problem._blocks(index)))
+    C = Covariance(problem, theta, chosen, centered)
+    values = C.spectrum().double().cpu().numpy()
+    errors, trace_error = np.zeros_like(values), 0.0
+    if len(chosen) < population:
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+        parts = [order[: len(chosen) // 2].sort()[0], order[len(chosen) // 2 :].sort()[0]]
+        halves = [
+            Covariance(problem, theta, chosen[part], centered).spectrum().double().cpu().numpy() for part in parts
+        ]
+        both = min(map(len, halves))
+        errors[:both] = np.abs(halves[0][:both] - halves[1][:both]) / 2
+        errors[both:] = values[both:]  # the halves have no such eigenvalue
+        squares = C.layers.squares().double()
+        if centered:
+            along = C.layers.project(C.mean[None])[:, 0].double()
+            squares = squares - 2 * along + C.mean.double().square().sum()
+        trace_error = float(squares.std()) / math.sqrt(len(chosen)) * math.sqrt(1 - len(chosen) / population)
+    return CovarianceSpectrum(values, float(values.sum()), trace_error, errors, len(chosen))

@@ -1,0 +1,219 @@
+"""Top 50 of the gradient-noise covariance: thermograd against curvlinops and BackPACK, in CPU seconds of one thread.
+
+    python benchmarks/bench_noise.py                                     # thermograd alone
+    python benchmarks/bench_noise.py --peers /path/to/peers/bin/python   # and the peers, in an environment of their own
+
+The peers' environment: ``python -m venv peers; peers/bin/pip install torch==2.13.0 curvlinops-for-pytorch
+backpack-for-pytorch`` (torch first and held at that version, so that all run on the same one).
+
+Every contestant starts from the same seed, network and data in a process of its own, is warmed up on eight samples,
+and is timed from the network to eigenvalues and eigenvectors. The residual is the largest of the 50 relative true
+residuals :math:`|C v - a v| / a`, from explicit per-sample gradients (ours) or the contestant's own product (peers).
+curvlinops: ``EFLinearOperator`` with SciPy's ``eigsh``; BackPACK: ``BatchGrad``, the Gram matrix of its gradients,
+``eigsh`` on that, and the vectors lifted. Both give the second moment: neither takes the mean gradient off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+K = 50
+TOL = 1e-3
+CASES = ("mlp", "cnn")
+
+
+def network(case: str) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """The network after a few epochs on ten overlapping clusters and its data, the same for everybody."""
+    torch.manual_seed(0)
+    n, shape = (4096, (784,)) if case == "mlp" else (1024, (3, 32, 32))
+    y = torch.arange(n) % 10
+    X = 0.15 * torch.randn(10, *shape)[y] + torch.randn(n, *shape)
+    model = _mlp() if case == "mlp" else _cnn()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(3 if case == "mlp" else 4):
+        for batch in torch.randperm(n).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X[batch]), y[batch]).backward()
+            optimizer.step()
+    return model, X, y
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def _cnn() -> nn.Sequential:
+    """Four convolutions and two linear layers, 356,676 weights."""
+    layers: list[nn.Module] = []
+    for inside, outside, halve in ((3, 32, True), (32, 64, False), (64, 64, True), (64, 128, True)):
+        layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU()] + [nn.MaxPool2d(2)] * halve
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 110), nn.ReLU(), nn.Linear(110, 10))
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Result, CPU seconds and wall seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = work()
+    return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def thermograd(case: str) -> dict[str, float]:
+    """Ours."""
+    import thermograd as tg
+
+    model, X, y = network(case)
+
+    def work(samples: int, k: int) -> Any:
+        problem = tg.Problem(model, nn.CrossEntropyLoss(), (X[:samples], y[:samples]), dtype=torch.float32)
+        return problem, tg.noise.covariance_eigenpairs(problem, k, tol=TOL)
+
+    work(8, 2)
+    (problem, pairs), cpu, wall = timed(lambda: work(len(X), K))
+    V, total = pairs.eigenvectors, torch.zeros(problem.P, K)
+    mean = problem.gradient()
+    for block in problem.chunks(min(problem.gradient_chunk, 256)):
+        rows = problem.sample_gradients(None, block) - mean
+        total += rows.T @ (rows @ V)
+    residual = (total / problem.N - V * pairs.eigenvalues).norm(dim=0) / pairs.eigenvalues
+    stated = float(pairs.residuals.max())
+    return {"cpu": cpu, "wall": wall, "residual": float(residual.max()), "stated": stated, "P": problem.P}
+
+
+def curvlinops(case: str) -> dict[str, float]:
+    """The empirical Fisher of curvlinops with SciPy's eigsh."""
+    from curvlinops import EFLinearOperator
+    from scipy.sparse.linalg import eigsh
+
+    model, X, y = network(case)
+
+    def operator(samples: int) -> Any:
+        loss = nn.CrossEntropyLoss()
+        return EFLinearOperator(
+            model, loss, list(model.parameters()), [(X[:samples], y[:samples])], check_deterministic=False
+        )
+
+    operator(8) @ torch.randn(sum(p.numel() for p in model.parameters()))
+
+    def work() -> Any:
+        A = operator(len(X))
+        values, vectors = eigsh(A.to_scipy(), k=K, tol=TOL, which="LA")
+        return A, torch.as_tensor(values).float(), torch.as_tensor(vectors.copy()).float()
+
+    (A, values, V), cpu, wall = timed(work)
+    residual = (A @ V - V * values).norm(dim=0) / values
+    return {"cpu": cpu, "wall": wall, "residual": float(residual.max())}
+
+
+def backpack(case: str) -> dict[str, float]:
+    """Per-sample gradients of BackPACK and their Gram matrix."""
+    from backpack import backpack as context
+    from backpack import extend
+    from backpack.extensions import BatchGrad
+    from scipy.sparse.linalg import eigsh
+
+    model, X, y = network(case)
+    model, loss = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def gradients(samples: int) -> list[Tensor]:
+        with context(BatchGrad()):
+            loss(model(X[:samples]), y[:samples]).backward()
+        rows = [p.grad_batch.flatten(1) for p in model.parameters()]
+        for p in model.parameters():
+            del p.grad_batch
+        return rows
+
+    gradients(8)
+
+    def work() -> Any:
+        rows = gradients(len(X))
+        gram = sum(g @ g.T for g in rows) / len(X)
+        values, u = eigsh(gram.numpy(), k=K, tol=TOL, which="LA")
+        lifted = torch.cat([g.T @ torch.as_tensor(u.copy()) for g in rows])
+        return rows, torch.as_tensor(values.copy()), lifted / lifted.norm(dim=0)
+
+    (rows, values, V), cpu, wall = timed(work)
+    parts = V.split([g.shape[1] for g in rows])
+    along = sum(g @ v for g, v in zip(rows, parts)) / len(X)
+    residual = torch.cat([g.T @ along for g in rows]).sub_(V * values).norm(dim=0) / values
+    return {"cpu": cpu, "wall": wall, "residual": float(residual.max())}
+
+
+CONTESTANTS = {"thermograd": thermograd, "curvlinops": curvlinops, "backpack": backpack}
+
+
+def floor(case: str) -> dict[str, float]:
+    """Multiplications and additions that the layer-wise way cannot do without, in 1e9, and the matmul peak."""
+    a = torch.randn(2048, 2048)
+    peak = max(2 * 2048**3 / timed(lambda: a @ a)[1] for _ in range(5)) / 1e9
+    if case == "mlp":
+        n, widths = 4096, (784, 100, 100, 10)
+        gram = n**2 * (sum(widths[:-1]) + sum(widths[1:]))
+        lift = 2 * n * K * sum(p * q for p, q in pairwise(widths))
+        passes = 6 * n * sum(p * q for p, q in pairwise(widths))
+    else:
+        n = 1024
+        convs = ((27, 32, 1024), (288, 64, 256), (576, 64, 256), (576, 128, 64))  # inputs x outputs x positions
+        weights = sum(p * q for p, q, _ in convs)
+        gram = n**2 * (weights + 2048 + 110 + 110 + 10) + 2 * n * sum(p * q * t for p, q, t in convs)
+        lift = 2 * n * K * (weights + 2048 * 110 + 1100)
+        passes = 4 * n * (sum(p * q * t for p, q, t in convs) + 2048 * 110 + 1100)
+    parts = {"gram": gram / 1e9, "lift": lift / 1e9, "passes": passes / 1e9}
+    return parts | {"peak": peak, "seconds": sum(parts.values()) / peak}
+
+
+def ask(interpreter: str, who: str, case: str) -> dict[str, float] | None:
+    """One contestant in a process of its own; None where it is not installed or fails."""
+    command = [interpreter, __file__, "--contestant", who, "--case", case]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"  {who}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", help="python interpreter of the environment that has curvlinops and BackPACK")
+    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--repeats", type=int, default=2, help="the fastest of so many runs counts, for everybody")
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.contestant:
+        print(json.dumps(CONTESTANTS[options.contestant](options.case)))
+        return
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, float32, top {K}")
+    for case in [options.case] if options.case else CASES:
+        bound = floor(case)
+        print(f"{case}: floor {bound['seconds']:.2f} s = " + " + ".join(
+            f"{bound[part]:.1f} ({part})" for part in ("gram", "lift", "passes")
+        ) + f" GFLOP at {bound['peak']:.0f} GFLOP/s of matmul")  # fmt: skip
+        interpreters = {"thermograd": sys.executable, "curvlinops": options.peers, "backpack": options.peers}
+        best: dict[str, dict[str, float]] = {}
+        for _ in range(options.repeats):  # in turn, so that a busy minute does not hit one alone
+            for who, interpreter in interpreters.items():
+                found = ask(interpreter, who, case) if interpreter else None
+                if found and (who not in best or found["cpu"] < best[who]["cpu"]):
+                    best[who] = found
+        for who, found in best.items():
+            print(
+                f"  {who:11s} {found['cpu']:8.2f} CPU s {found['wall']:8.2f} wall s, residual {found['residual']:.1e}"
+            )
+        peers = [found["cpu"] for who, found in best.items() if who != "thermograd"]
+        if peers and "thermograd" in best:
+            print(f"  ratio to the best peer: {min(peers) / best['thermograd']['cpu']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
