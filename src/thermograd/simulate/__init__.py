@@ -1,7 +1,8 @@
 """Replicas by the thousand: minibatch SGD on solvable problems, Langevin equations, first passages.
 
-Kernels are compiled by numba once and cached on disk. Each replica draws from its own generator, keyed by
-(seed, replica), so the numbers are the same for any number of threads.
+Kernels are written for the problem at hand, compiled by numba once and cached on disk. They carry sixteen replicas in
+lockstep lanes. Each replica draws from its own generator, keyed by (seed, replica), so the numbers are the same for any
+number of threads.
 
 >>> import numpy as np
 >>> from thermograd import SGD, simulate
@@ -13,20 +14,36 @@ Kernels are compiled by numba once and cached on disk. Each replica draws from i
 from __future__ import annotations
 
 from .ensemble import Ensemble
-from .first_passage import FirstPassage, first_passage, linear_regression_first_passage
+from .estimators import FirstPassage
+from .first_passage import (
+    first_passage,
+    langevin_first_passage,
+    linear_regression_first_passage,
+    quadratic_first_passage,
+)
 from .langevin import Trajectories, langevin
 from .minibatch import linear_regression_sgd, quadratic_sgd
+from .networks import Networks, minibatches, networks, networks_first_passage
 from .potentials import POTENTIALS, Potential
+from .rare_event import RareEvent, rare_event
 
 __all__ = [
     "POTENTIALS",
     "Ensemble",
     "FirstPassage",
+    "Networks",
     "Potential",
+    "RareEvent",
     "Trajectories",
     "first_passage",
     "langevin",
+    "langevin_first_passage",
     "linear_regression_first_passage",
     "linear_regression_sgd",
+    "minibatches",
+    "networks",
+    "networks_first_passage",
+    "quadratic_first_passage",
     "quadratic_sgd",
+    "rare_event",
 ]

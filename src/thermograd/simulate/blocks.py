@@ -1,42 +1,99 @@
-"""Run a compiled kernel over all replicas: blocks on threads (the kernels release the lock), with a progress bar."""
+"""Run a compiled kernel over all replicas on threads (the kernels release the lock), with a progress bar.
+
+An interrupt does not lose what is done: kernels are asked to stop, and the result says that it is partial.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
+import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DataError, DivergedError
+from ..errors import DataError, DivergedError, ThermogradWarning
 from ..progress import bar
 from ..theory.arrays import Array
+from .generator import Buffer
 
-__all__ = ["check_counts", "check_finite", "run_blocks"]
+__all__ = ["Effort", "check_counts", "check_finite", "drive", "finished", "run_blocks", "worker_count"]
+
+_NEXT = threading.Lock()
 
 
-def run_blocks(kernel: Callable[[int, int], None], replicas: int, description: str, threads: int | None) -> None:
-    """Call ``kernel(first, last)`` for blocks that cover all replicas.
+@dataclass(frozen=True)
+class Effort:
+    """What a run of kernels took: steps of all lanes, in use or not, and whether it was cut short."""
 
-    The first block runs alone, so that the kernel is compiled once. An interrupt cancels what has not begun.
+    lane_steps: int
+    partial: bool
+
+
+def drive(
+    call: Callable[[Buffer, Buffer, Buffer], None], replicas: int, description: str, threads: int | None = None
+) -> Effort:
+    """Run ``call(counter, stop, tally)`` on every thread until the replicas are used up.
+
+    ``counter[0]`` is the next replica (or group of them) to begin, shared by all; ``stop[0]`` is set by an interrupt;
+    ``tally`` is the thread's own count of lane steps and of finished replicas.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = threads or cores
-    size = max(1, min(64, -(-replicas // (4 * workers))))
-    blocks = [(first, min(first + size, replicas)) for first in range(0, replicas, size)]
-    with bar(description, replicas) as progress:
-        kernel(*blocks[0])
-        progress.advance(blocks[0][1])
-        with ThreadPoolExecutor(workers) as pool:
-            running = [(pool.submit(kernel, *block), block) for block in blocks[1:]]
+    workers = max(1, min(worker_count(threads), replicas))
+    counter, stop, tally = (np.zeros(shape, np.int64) for shape in (1, 1, (workers, 8)))
+    began, partial = time.monotonic(), False
+    with bar(description, replicas) as progress, ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(call, counter, stop, tally[worker]) for worker in range(workers)]
+        while True:
             try:
-                for future, (first, last) in running:
-                    future.result()
-                    progress.advance(last - first)
-            except BaseException:
-                for future, _ in running:
-                    future.cancel()
-                raise
+                while wait(running, timeout=0.2).not_done:
+                    rate = tally[:, 0].sum() / (time.monotonic() - began) / 1e6
+                    text = f"{description}, {rate:,.0f} million steps/s"
+                    progress.advance(int(tally[:, 1].sum()) - progress.done, text)
+                break
+            except KeyboardInterrupt:
+                stop[0], partial = 1, True
+        for task in running:
+            task.result()
+    if partial:
+        warnings.warn(
+            f"interrupted: {int(tally[:, 1].sum())} of {replicas} {description} were finished; the result is partial",
+            ThermogradWarning,
+            stacklevel=4,
+        )
+    return Effort(int(tally[:, 0].sum()), partial)
+
+
+def worker_count(threads: int | None) -> int:
+    """``threads``, or as many as this process may use.
+
+    Raises:
+        DataError: fewer than one.
+    """
+    if threads is not None:
+        check_counts(threads=threads)
+        return int(threads)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_blocks(kernel: Callable[[int, int], None], replicas: int, description: str, threads: int | None) -> Effort:
+    """Call ``kernel(first, last)`` for blocks that cover all replicas; an interrupt ends after the running blocks."""
+    size = max(1, min(64, -(-replicas // (4 * worker_count(threads)))))
+
+    def call(counter: Buffer, stop: Buffer, tally: Buffer) -> None:
+        while not stop[0]:
+            with _NEXT:
+                first = int(counter[0])
+                counter[0] += size
+            if first >= replicas:
+                return
+            last = min(first + size, replicas)
+            kernel(first, last)
+            tally[1] += last - first
+
+    return drive(call, replicas, description, threads)
 
 
 def check_counts(**counts: int) -> None:
@@ -66,3 +123,14 @@ def check_finite(array: Array, what: str) -> None:
             expected="finite weights",
             remedy="lower the learning rate or step size, or raise the batch size; theory.stability gives the bounds",
         )
+
+
+def finished(array: Array, done: Buffer) -> Array:
+    """Rows of the replicas that came to their end.
+
+    Raises:
+        KeyboardInterrupt: an interrupt came before the first of them did.
+    """
+    if not done.any():
+        raise KeyboardInterrupt("interrupted before any replica was finished")
+    return array if done.all() else array[done.astype(bool)]

@@ -21,11 +21,15 @@ __all__ = ["Ensemble"]
 
 @dataclass(frozen=True)
 class Ensemble(Measurement):
-    """Weights and velocities of all replicas at the recorded steps; row 0 is the state after the burn-in."""
+    """Weights and velocities of all replicas at the recorded steps; row 0 is the state after the burn-in.
+
+    ``partial`` says that an interrupt left replicas out.
+    """
 
     step: Array = quantity("step", units="steps", long_name="optimizer steps since the start")
     position: Array = quantity("replica", "step", "weight", units="weight", long_name="weights")
     velocity: Array = quantity("replica", "step", "weight", units="gradient", long_name="(theta_k - theta_{k-1})/lr")
+    partial: bool = False
     _primary = "position"
 
     def moments(self, mean: ArrayLike | None = None) -> StationaryMoments:

@@ -4,125 +4,96 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numba import njit
-from numpy.typing import ArrayLike
-from scipy.stats import chi2
+from numpy.typing import ArrayLike, DTypeLike
 
-from ..errors import DataError, DivergedError, ThermogradWarning
+from ..errors import DataError, NotAvailableError, ThermogradWarning, UnstableError
 from ..hyperparameters import SGD
-from ..measurement import Measurement, new_axes, quantity
+from ..theory import limiting
 from ..theory.arrays import Array, finite
-from .blocks import check_counts, run_blocks
-from .generator import Buffer, normal, seeded
-from .langevin import check_noise, diffusion_function, start_points
-from .minibatch import SCHEMES, draw, move, regression_gradient, start_order
-from .potentials import Potential, compiled
+from .blocks import check_counts, drive, run_blocks
+from .callables import compiled
+from .estimators import FirstPassage, summary
+from .generator import Buffer
+from .langevin import Monitoring, Noise, Scheme, check_equation, langevin, langevin_simulator, precision, start_points
+from .minibatch import (
+    Quadratic,
+    linear_regression_sgd,
+    quadratic_problem,
+    quadratic_sgd,
+    regression_problem,
+    spread_out,
+)
+from .one_by_one import SCHEMES, escape_one_by_one
+from .potentials import Potential
+from .source import Simulator, kernel, passage
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ["first_passage", "linear_regression_first_passage", "quadratic_first_passage"]
 
-__all__ = ["FirstPassage", "first_passage", "linear_regression_first_passage"]
+Observable = Literal["position", "loss"] | Callable[[Array], float]
 
 
-@dataclass(frozen=True)
-class FirstPassage(Measurement):
-    """First-passage times of all replicas over all thresholds, with the exponential estimate of their mean.
+def first_passage(system: Any, *args: Any, **options: Any) -> FirstPassage:
+    r"""When replicas of a simulator first reach each threshold, all thresholds out of the one trajectory.
 
-    A replica that had not arrived by the end is censored: its time is NaN, its exposure counts. The mean is
-    exposure over events (the maximum-likelihood estimate for exponential times, infinite without events);
-    ``low`` and ``high`` bound it with 95% confidence (exact chi-square). ``variation`` is the coefficient of
-    variation of the arrived, close to 1 when escape is memoryless.
+    ``first_passage(potential, noise, thresholds, start=..., dt=..., max_steps=...)`` for the Langevin equation, see
+    :func:`langevin_first_passage`. For another simulator give it as the first argument: ``linear_regression_sgd``
+    (then the arguments of :func:`linear_regression_first_passage`), ``quadratic_sgd``
+    (:func:`quadratic_first_passage`), ``networks`` (``networks_first_passage``) or ``langevin``.
+
+    Raises:
+        DataError: thresholds that are not beyond the start, or another argument out of range.
+        DivergedError: a replica ran away.
+
+    >>> found = first_passage("double-well", 0.2, [0.5, -0.5], start=1.0, dt=0.01, max_steps=100000, replicas=20)
+    >>> bool(found.mean[1] > found.mean[0]), int(found.censored.sum())
+    (True, 0)
     """
-
-    threshold: Array = quantity("threshold", units="1", long_name="threshold")
-    time: Array = quantity("replica", "threshold", units="time", long_name="first-passage time, NaN if censored")
-    events: Array = quantity("threshold", units="1", long_name="replicas that arrived")
-    censored: Array = quantity("threshold", units="1", long_name="replicas that had not arrived at the end")
-    exposure: Array = quantity("threshold", units="time", long_name="total time watched")
-    mean: Array = quantity("threshold", units="time", long_name="mean first-passage time")
-    low: Array = quantity("threshold", units="time", long_name="lower 95% bound of the mean")
-    high: Array = quantity("threshold", units="time", long_name="upper 95% bound of the mean")
-    variation: Array = quantity("threshold", units="1", long_name="coefficient of variation of the arrived")
-    _primary = "mean"
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Mean first-passage time against the threshold, with its confidence interval."""
-        axes = new_axes(ax)
-        seen = self.events > 0
-        spread = np.stack([self.mean - self.low, self.high - self.mean])[:, seen]
-        axes.errorbar(self.threshold[seen], self.mean[seen], spread, fmt="o-", capsize=3)
-        axes.set(xlabel="threshold", ylabel="mean first-passage time", yscale="log")
-        return axes
-
-
-def _summary(threshold: Array, steps: np.ndarray, limit: int, unit: float) -> FirstPassage:
-    """``steps`` [R, m]: the step of arrival, -1 for censored, -2 for diverged."""
-    if np.any(steps == -2):
-        raise DivergedError(
-            f"{int((steps == -2).any(axis=1).sum())} replicas ran away before the last threshold",
-            expected="finite positions",
-            remedy="lower the step size or the learning rate",
+    if isinstance(system, str | Potential):
+        return langevin_first_passage(system, *args, **options)
+    known = _simulators()
+    if system not in known:
+        raise DataError(
+            f"there is no first passage of {system!r}",
+            expected=f"a potential, or one of {sorted(function.__name__ for function in known)}",
         )
-    arrived = steps >= 0
-    time = np.where(arrived, steps * unit, np.nan)
-    exposure = np.where(arrived, steps, limit).sum(axis=0) * unit
-    events = arrived.sum(axis=0)
-    if np.any(events == 0):
-        warnings.warn(
-            f"no replica reached {int((events == 0).sum())} of {len(threshold)} thresholds within {limit} steps: "
-            "their mean is infinite and only its lower bound says something; raise max_steps",
-            ThermogradWarning,
-            stacklevel=3,
-        )
-    with np.errstate(divide="ignore"):
-        mean = exposure / events
-        high = 2 * exposure / np.where(events > 0, chi2.ppf(0.025, 2 * np.maximum(events, 1)), 0)
-    low = 2 * exposure / chi2.ppf(0.975, 2 * events + 2)
-    variation = np.array([_variation(t[ok]) for t, ok in zip(time.T, arrived.T, strict=True)])
-    censored = len(steps) - events
-    return FirstPassage(threshold, time, events, censored, exposure, mean, low, high, variation)
+    return known[system](*args, **options)
 
 
-def _variation(time: Array) -> float:
-    return float(np.std(time, ddof=1) / np.mean(time)) if len(time) > 1 else np.inf
+def _simulators() -> dict[Any, Callable[..., FirstPassage]]:
+    from .networks import networks, networks_first_passage
+
+    return {
+        langevin: langevin_first_passage,
+        linear_regression_sgd: linear_regression_first_passage,
+        quadratic_sgd: quadratic_first_passage,
+        networks: networks_first_passage,
+    }
 
 
-@njit(nogil=True)
-def _walk(gradient, diffusion, level, observe, sign, start, dt, thresholds, limit, seed, first, out):  # type: ignore[no-untyped-def]
-    d = start.shape[1]
-    slope = np.empty(d)
-    for r in range(out.shape[0]):
-        state = seeded(seed, first + r)
-        x = start[r].copy()
-        reached = 0
-        for k in range(1, limit + 1):
-            gradient(x, slope)
-            size = np.sqrt(2.0 * diffusion(x, level) * dt)
-            for i in range(d):
-                x[i] += -slope[i] * dt + size * normal(state)
-            seen = sign * observe(x)
-            if not np.isfinite(seen):
-                out[r, reached:] = -2
-                break
-            while reached < thresholds.size and seen >= sign * thresholds[reached]:
-                out[r, reached] = k
-                reached += 1
-            if reached == thresholds.size:
-                break
+def run_passage(
+    simulator: Simulator, levels: Array, limit: int, replicas: int, seed: int, arguments: tuple[Any, ...],
+    threads: int | None, thresholds: Array, order: np.ndarray, unit: float,
+) -> FirstPassage:  # fmt: skip
+    """Run the lanes of a simulator until every replica has passed the last of the rising ``levels``."""
+    run = kernel(simulator, passage(simulator))
+    number = np.dtype(simulator.dtype).type
+    levels = levels.astype(simulator.dtype)
+    arrived, lasted = np.full((replicas, levels.size), -1, np.int64), np.zeros(replicas, np.int64)
+
+    def call(counter: Buffer, stop: Buffer, tally: Buffer) -> None:
+        run(levels, number(0), limit, seed, replicas, counter, stop, tally, arrived, lasted, *arguments)
+
+    effort = drive(call, replicas, "first passages", threads)
+    idle = 1 - lasted.sum() / max(effort.lane_steps, 1)
+    return summary(thresholds, arrived[:, np.argsort(order)], lasted, unit, idle=float(idle), partial=effort.partial)
 
 
-@njit(cache=True)
-def _first_coordinate(x: Array) -> float:
-    return x[0]
-
-
-def first_passage(
+def langevin_first_passage(
     potential: str | Potential,
-    noise: float | Callable[[Array], float],
+    noise: Noise,
     thresholds: ArrayLike,
     *,
     start: ArrayLike,
@@ -130,17 +101,22 @@ def first_passage(
     max_steps: int,
     replicas: int = 400,
     seed: int = 0,
-    observable: Literal["position", "loss"] | Callable[[Array], float] = "position",
+    observable: Observable = "position",
+    scheme: Scheme = "euler",
+    monitoring: Monitoring = "discrete",
+    dtype: DTypeLike = "float64",
     threads: int | None = None,
 ) -> FirstPassage:
-    r"""When replicas of :math:`dx=-\nabla L\,dt+\sqrt{2D(x)}\,dW` (Ito, Euler-Maruyama) first reach each threshold.
+    r"""When replicas of :math:`dx=-\nabla L\,dt+\sqrt{2D(x)}\,dW` first reach each threshold.
 
-    All thresholds come out of the one trajectory. Put the last one well beyond the saddle: a stop at its top halves
-    the time.
+    Put the last threshold well beyond the saddle: a stop at its top halves the time. The equation is watched once a
+    step, which makes the times longer by O(sqrt(dt)); two corrections remove most of that: a threshold moved towards
+    the start by :math:`0.5826\sqrt{2D\,dt}` (Siegmund 1979), or the largest value between two steps, drawn from the
+    Brownian bridge. Discrete SGD needs neither: it *is* watched once a step.
 
     Args:
         potential: a name from ``POTENTIALS`` or a :class:`Potential`.
-        noise: D, a number, or a function of x [d] that numba can compile.
+        noise: D, a number, or a function that numba can compile, as in :func:`langevin`.
         thresholds: values of the observable, all above or all below its value at the start, [m].
         start: first position, a number, [d] or [R, d].
         dt: time step.
@@ -148,94 +124,74 @@ def first_passage(
         replicas: R.
         seed: of all random numbers.
         observable: "position" (the first coordinate), "loss", or a function of x that numba can compile.
+        scheme: "euler" (Ito) or "heun" (Stratonovich).
+        monitoring: "discrete", "siegmund" or "bridge"; the corrections need the observable "position".
+        dtype: "float64" or "float32".
         threads: at most this many; the numbers do not depend on it.
 
     Returns:
-        Times in units of the equation's time.
+        Times in units of the equation's time. After Ctrl-C what was found by then, and ``.partial`` is True.
 
     Raises:
-        DataError: an argument out of range, or thresholds on both sides of the start.
+        DataError: an argument out of range, or thresholds that are not beyond the start.
+        NonFiniteError: the potential or the noise is not finite at the start.
         DivergedError: a replica ran away.
 
-    >>> found = first_passage("double-well", 0.2, [0.5, -0.5], start=1.0, dt=0.01, max_steps=100000, replicas=20)
-    >>> bool(found.mean[1] > found.mean[0]), int(found.censored.sum())
-    (True, 0)
+    >>> langevin_first_passage(
+    ...     "quadratic", 0.5, 1.0, start=0.0, dt=0.01, max_steps=10000, replicas=50, monitoring="bridge"
+    ... ).censored
+    array([0])
     """
     check_counts(max_steps=max_steps, replicas=replicas, seed=seed)
-    check_noise(noise, dt)
-    landscape, points = Potential.named(potential), start_points(start, replicas)
-    named: dict[str, Callable[[Array], float]] = {"position": _first_coordinate, "loss": landscape.value}
-    observe = compiled(observable) if callable(observable) else named.get(observable)
-    if observe is None:
-        raise DataError(f"observable is {observable!r}", expected="'position', 'loss' or a function of x")
-    levels = np.atleast_1d(finite(thresholds, "thresholds"))
-    begin = np.array([observe(x) for x in points])
-    above = levels.min() > begin.max()
-    if not (above or levels.max() < begin.min()):
+    kind, landscape, points = precision(dtype), Potential.named(potential), start_points(start, replicas)
+    check_equation(landscape, noise, dt, points)
+    if monitoring not in ("discrete", "siegmund", "bridge") or (monitoring != "discrete" and observable != "position"):
         raise DataError(
-            f"thresholds {levels} are not all beyond the start, where the observable is {begin.min():g}",
-            expected="all above or all below the start",
+            f"monitoring is {monitoring!r} of {observable!r}",
+            expected="'discrete', or 'siegmund' or 'bridge' of the observable 'position'",
         )
-    sign = 1.0 if above else -1.0
-    order = np.argsort(sign * levels)
-    steps = np.full((replicas, levels.size), -1, dtype=np.int64)
-    diffusion, level = diffusion_function(noise), 0.0 if callable(noise) else float(noise)
-    ordered = levels[order]
-
-    def block(first: int, last: int) -> None:
-        _walk(
-            landscape.gradient, diffusion, level, observe, sign, points[first:last], float(dt), ordered, max_steps,
-            seed, first, steps[first:last],
-        )  # fmt: skip
-
-    run_blocks(block, replicas, "first passages", threads)
-    return _summary(levels, steps[:, np.argsort(order)], max_steps, float(dt))
+    levels, order, sign = _levels(thresholds, _observed(observable, landscape, points))
+    simulator = langevin_simulator(landscape, noise, points.shape[1], kind, scheme, observable, monitoring)
+    number = np.dtype(kind).type
+    arguments = (points.astype(kind), number(dt), number(0 if callable(noise) else noise), number(sign))
+    ordered = sign * levels[order]
+    return run_passage(simulator, ordered, max_steps, replicas, seed, arguments, threads, levels, order, float(dt))
 
 
-@njit(cache=True, nogil=True)
-def _escape(
-    X: Buffer, y: Buffer, hessian: Buffer, minimum: Buffer, bottom: float,
-    lr: float, beta: float, decay: float, gain: float, nesterov: bool, batch: int, scheme: int,
-    ratios: Buffer, limit: int, seed: int, first: int, out: Buffer,
-) -> None:  # fmt: skip
-    samples, d = X.shape
-    chosen, order = np.empty(batch, np.int64), np.empty(samples, np.int64)
-    theta, buffer, gradient, before = np.empty(d), np.empty(d), np.empty(d), np.empty(d)
-    for r in range(out.shape[0]):
-        state = seeded(seed, first + r)
-        at = start_order(order, state, scheme, batch, samples, True)
-        theta[:] = minimum
-        buffer[:] = 0.0
-        reached = 0
-        for k in range(1, limit + 1):
-            size, at = draw(chosen, order, at, state, scheme, batch, samples)
-            regression_gradient(X, y, theta, chosen, size, gradient)
-            move(theta, buffer, gradient, before, lr, beta, decay, gain, nesterov)
-            loss = bottom  # exact for a quadratic, without a pass over the data
-            for i in range(d):
-                pull = 0.0
-                for j in range(d):
-                    pull += hessian[i, j] * (theta[j] - minimum[j])
-                loss += 0.5 * pull * (theta[i] - minimum[i])
-            if not np.isfinite(loss):
-                out[r, reached:] = -2
-                break
-            while reached < ratios.size and loss >= ratios[reached] * bottom:
-                out[r, reached] = k
-                reached += 1
-            if reached == ratios.size:
-                break
+def _observed(observable: Observable, landscape: Potential, points: Array) -> Array:
+    if isinstance(observable, str) and observable not in ("position", "loss"):
+        raise DataError(f"observable is {observable!r}", expected="'position', 'loss' or a function of x")
+    if observable == "position":
+        return points[:, 0]
+    function = landscape.value if observable == "loss" else compiled(observable)  # type: ignore[arg-type]
+    return finite([function(point) for point in points], "the observable at the start")
+
+
+def _levels(thresholds: ArrayLike, begin: Array) -> tuple[Array, np.ndarray, float]:
+    """Thresholds [m], the order in which they are met, and the sign that makes them rise."""
+    levels = np.atleast_1d(finite(thresholds, "thresholds"))
+    sign = 1.0 if np.all(levels > begin.max()) else -1.0 if np.all(levels < begin.min()) else 0.0
+    if sign == 0 or levels.size == 0:
+        raise DataError(
+            f"the thresholds {levels} do not lie beyond the start, where the observable is "
+            f"{begin.min():g} to {begin.max():g}",
+            expected="thresholds all above or all below every start",
+        )
+    return levels, np.argsort(sign * levels, kind="stable"), sign
 
 
 def linear_regression_first_passage(
     sgd: SGD,
-    X: ArrayLike,
-    y: ArrayLike,
+    X: ArrayLike | None,
+    y: ArrayLike | None,
     loss_ratios: ArrayLike,
     *,
     max_steps: int,
     replicas: int = 400,
     seed: int = 0,
+    covariance: ArrayLike | None = None,
+    label_noise: float | None = None,
+    dtype: DTypeLike = "float64",
     threads: int | None = None,
 ) -> FirstPassage:
     """Steps until the full loss of linear regression first reaches given multiples of its minimum.
@@ -244,12 +200,15 @@ def linear_regression_first_passage(
 
     Args:
         sgd: hyperparameters with a batch size.
-        X: inputs, [N, d].
-        y: targets, [N], not fitted exactly.
+        X: inputs, [N, d]; None for fresh samples.
+        y: targets, [N], not fitted exactly; None for fresh samples.
         loss_ratios: thresholds over the minimal loss, > 1, [m].
         max_steps: when a replica is given up (censored).
         replicas: R.
         seed: of all random numbers.
+        covariance: of fresh Gaussian inputs, as in :func:`linear_regression_sgd`.
+        label_noise: of fresh samples, default 1.
+        dtype: "float64" or "float32".
         threads: at most this many; the numbers do not depend on it.
 
     Returns:
@@ -259,6 +218,9 @@ def linear_regression_first_passage(
         DataError: shapes or counts that make no sense, a threshold not above the minimum, or a loss of zero there.
         DivergedError: a replica ran away before the last threshold.
 
+    Warns:
+        ThermogradWarning: a threshold lies below the stationary loss, or there is no stationary state.
+
     >>> rng = np.random.default_rng(0)
     >>> X, y = rng.normal(size=(1000, 1)), rng.normal(size=1000)
     >>> sgd = SGD(lr=0.1, batch_size=1, sampling="replacement")
@@ -266,27 +228,134 @@ def linear_regression_first_passage(
     >>> bool(found.mean[1] > found.mean[0] > 1)
     True
     """
-    check_counts(max_steps=max_steps, replicas=replicas, seed=seed)
-    inputs, targets = np.ascontiguousarray(finite(X, "X")), np.ascontiguousarray(finite(y, "y").reshape(-1))
     ratios = np.atleast_1d(finite(loss_ratios, "loss_ratios"))
-    if inputs.ndim != 2 or len(inputs) != len(targets) or inputs.size == 0:
-        raise DataError(f"X has shape {inputs.shape} and y {targets.shape}", expected="X [N, d] and y [N], not empty")
-    if np.any(ratios <= 1):
-        raise DataError(f"a threshold is {ratios.min():g} times the minimal loss", expected="ratios > 1")
-    hessian = inputs.T @ inputs / len(inputs)
-    minimum = np.linalg.lstsq(inputs, targets, rcond=None)[0]
-    bottom = float(((inputs @ minimum - targets) ** 2).mean() / 2)
-    if bottom <= 1e-14 * float((targets**2).mean() + 1e-300):
-        raise DataError("the data are fitted exactly, so the minimal loss is zero", expected="targets with noise")
-    order = np.argsort(ratios)
-    steps = np.full((replicas, ratios.size), -1, dtype=np.int64)
-    ordered, batch = ratios[order], sgd._needed("batch_size")
+    if ratios.size == 0 or np.any(ratios <= 1):
+        raise DataError(f"the thresholds are {ratios} times the minimal loss", expected="ratios > 1")
+    problem, _ = regression_problem(sgd, X, y, covariance=covariance, label_noise=label_noise, diagonal=True)
+    if problem.kind == "regression":
+        if problem.bottom <= 1e-14 * float((problem.table[:, -1] ** 2).mean() + 1e-300):
+            raise DataError("the data are fitted exactly, so the minimal loss is zero", expected="targets with noise")
+        _warn_about_stationary_loss(problem, ratios)
+    elif problem.bottom == 0:
+        raise DataError("label_noise is 0, so the minimal loss is zero", expected="label_noise > 0")
+    return _sgd_passage(
+        problem, problem.bottom * ratios, ratios, start=problem.centre, max_steps=max_steps, replicas=replicas,
+        seed=seed, dtype=dtype, threads=threads,
+    )  # fmt: skip
 
-    def block(first: int, last: int) -> None:
-        _escape(
-            inputs, targets, hessian, minimum, bottom, sgd.lr, sgd.momentum, sgd.weight_decay, 1 - sgd.dampening,
-            sgd.nesterov, batch, SCHEMES[sgd.sampling], ordered, max_steps, seed, first, steps[first:last],
+
+def _warn_about_stationary_loss(problem: Quadratic, ratios: Array) -> None:
+    X, y = problem.table[:, :-1], problem.table[:, -1]
+    try:
+        moments = limiting.linear_regression_moments(problem.sgd, X, y)
+    except NotAvailableError:
+        return
+    except UnstableError as error:
+        text = f"SGD is not stable here, so the replicas run away rather than escape: {error.what}"
+        warnings.warn(text, ThermogradWarning, stacklevel=4)
+        return
+    spread = moments.position + np.outer(moments.mean - problem.centre, moments.mean - problem.centre)
+    settled = 1 + float(np.einsum("i,ii->", problem.curvature, spread)) / 2 / problem.bottom
+    if ratios.min() <= settled:
+        warnings.warn(
+            f"the threshold {ratios.min():g} lies below the stationary loss, {settled:.4g} times the minimum: its "
+            "first passage is relaxation, not escape, and no escape law applies to it",
+            ThermogradWarning,
+            stacklevel=4,
+        )
+
+
+def quadratic_first_passage(
+    sgd: SGD,
+    hessian: ArrayLike,
+    offsets: ArrayLike | None = None,
+    thresholds: ArrayLike = (),
+    *,
+    noise_covariance: ArrayLike | None = None,
+    start: ArrayLike = 0.0,
+    max_steps: int,
+    replicas: int = 400,
+    seed: int = 0,
+    dtype: DTypeLike = "float64",
+    threads: int | None = None,
+) -> FirstPassage:
+    r"""Steps until the quadratic loss :math:`\frac12\theta^TH\theta` first reaches given values under SGD.
+
+    Args:
+        sgd: hyperparameters with a batch size.
+        hessian: eigenvalues [n], or a symmetric matrix [n, n].
+        offsets: gradient of each sample at the minimum, [N, n].
+        thresholds: losses above that of every start, [m].
+        noise_covariance: in place of offsets: covariance of the minibatch gradient, [n] or [n, n].
+        start: first weights, a number, [n] or [R, n].
+        max_steps: when a replica is given up (censored).
+        replicas: R.
+        seed: of all random numbers.
+        dtype: "float64" or "float32".
+        threads: at most this many.
+
+    Returns:
+        Times in optimizer steps.
+
+    Raises:
+        DataError: an argument out of range, or a threshold not above the start.
+        DivergedError: a replica ran away.
+
+    >>> sgd = SGD(lr=0.1, sampling="replacement")
+    >>> found = quadratic_first_passage(sgd, [1.0], thresholds=0.1, noise_covariance=[1.0], max_steps=10**5, seed=1)
+    >>> bool(20 < found.mean[0] < 100)
+    True
+    """
+    problem = quadratic_problem(sgd, hessian, offsets, noise_covariance)
+    levels = np.atleast_1d(finite(thresholds, "thresholds"))
+    return _sgd_passage(
+        problem, levels, levels, start=start, max_steps=max_steps, replicas=replicas, seed=seed, dtype=dtype,
+        threads=threads,
+    )  # fmt: skip
+
+
+def _sgd_passage(
+    problem: Quadratic, levels: Array, shown: Array, *, start: ArrayLike, max_steps: int, replicas: int, seed: int,
+    dtype: DTypeLike, threads: int | None,
+) -> FirstPassage:  # fmt: skip
+    check_counts(max_steps=max_steps, replicas=replicas, seed=seed)
+    problem.check()
+    kind, d = precision(dtype), problem.d
+    points = spread_out(start, replicas, d, "start")
+    if problem.basis is not None and problem.kind not in ("regression", "fresh"):  # those start at the centre, turned
+        points = points @ problem.basis
+    begin = problem.bottom + 0.5 * (points - problem.centre) ** 2 @ problem.curvature
+    if levels.size == 0 or not np.all(levels > begin.max()):
+        raise DataError(
+            f"the thresholds {levels} are not above the loss at the start, {begin.max():g}",
+            expected="losses above that of every start",
+        )
+    order = np.argsort(levels, kind="stable")
+    if problem.wide:
+        return _wide_passage(problem, levels, order, shown, points, max_steps, replicas, seed, threads)
+    arguments = problem.arguments(points, np.zeros_like(points), kind)
+    return run_passage(
+        problem.simulator(kind), levels[order], max_steps, replicas, seed, arguments, threads, shown, order, 1.0
+    )
+
+
+def _wide_passage(
+    problem: Quadratic, levels: Array, order: np.ndarray, shown: Array, points: Array, limit: int, replicas: int,
+    seed: int, threads: int | None,
+) -> FirstPassage:  # fmt: skip
+    if problem.kind not in ("regression", "offsets"):
+        raise DataError(f"{problem.d} dimensions with noise not drawn from samples", expected="fewer dimensions")
+    sgd, regression = problem.sgd, problem.kind == "regression"
+    X = np.ascontiguousarray(problem.table[:, : problem.d])
+    y = np.ascontiguousarray(problem.table[:, -1]) if regression else problem.curvature
+    arrived, lasted = np.full((replicas, levels.size), -1, np.int64), np.full(replicas, limit, np.int64)
+
+    def run(first: int, last: int) -> None:
+        escape_one_by_one(
+            regression, X, y, problem.curvature, problem.centre, problem.bottom, points[first:last],
+            sgd.lr, sgd.momentum, sgd.weight_decay, 1 - sgd.dampening, sgd.nesterov, problem.batch,
+            SCHEMES[sgd.sampling], levels[order], limit, seed, first, arrived[first:last], lasted[first:last],
         )  # fmt: skip
 
-    run_blocks(block, replicas, "first passages", threads)
-    return _summary(ratios, steps[:, np.argsort(order)], max_steps, 1.0)
+    effort = run_blocks(run, replicas, "first passages", threads)
+    return summary(shown, arrived[:, np.argsort(order)], lasted, 1.0, partial=effort.partial)

@@ -1,34 +1,43 @@
-"""Replicas of a Langevin equation in any potential and any isotropic noise."""
+"""Replicas of a Langevin equation in any potential and any noise."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cache
+from textwrap import indent
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numba import njit
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from ..errors import DataError
+from ..errors import DataError, NonFiniteError
 from ..measurement import Measurement, new_axes, quantity
 from ..theory.arrays import Array, finite
-from .blocks import check_counts, check_finite, run_blocks
-from .generator import normal, seeded
-from .potentials import Potential, compiled
+from .blocks import check_counts, check_finite, drive, finished
+from .callables import compiled, single
+from .generator import Buffer
+from .potentials import Potential, library_name
+from .source import Simulator, kernel, recorder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Trajectories", "diffusion_function", "langevin", "start_points"]
+__all__ = ["Noise", "Trajectories", "check_equation", "langevin", "langevin_simulator", "precision", "start_points"]
+
+Noise = float | Callable[..., Any]
+Scheme = Literal["euler", "heun"]
+Monitoring = Literal["discrete", "siegmund", "bridge"]
 
 
 @dataclass(frozen=True)
 class Trajectories(Measurement):
-    """Positions of all replicas at the recorded times."""
+    """Positions of all replicas at the recorded times; ``partial`` where an interrupt left replicas out."""
 
     time: Array = quantity("time", units="time", long_name="time since the start")
     position: Array = quantity("replica", "time", "coordinate", units="position", long_name="position")
+    partial: bool = False
     _primary = "position"
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -39,22 +48,22 @@ class Trajectories(Measurement):
         return axes
 
 
-def diffusion_function(noise: float | Callable[[Array], float]) -> Callable[[Array, float], float]:
-    """D(x) as a numba function of (x, level): a constant needs no new compilation when its value changes."""
-    if not callable(noise):
-        return _constant
-    inner = compiled(noise)
+def precision(dtype: DTypeLike) -> str:
+    """Name of the precision, "float32" or "float64".
 
-    @njit
-    def evaluate(x: Array, level: float) -> float:
-        return inner(x)
+    Raises:
+        DataError: anything else.
 
-    return evaluate
-
-
-@njit(cache=True)
-def _constant(x: Array, level: float) -> float:
-    return level
+    >>> precision(np.float32)
+    'float32'
+    """
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "float64"):
+        raise DataError(f"dtype is {dtype}", expected="float32 or float64")
+    return name
 
 
 def start_points(start: ArrayLike, replicas: int) -> Array:
@@ -66,42 +75,173 @@ def start_points(start: ArrayLike, replicas: int) -> Array:
     points = np.atleast_1d(finite(start, "start"))
     if points.ndim == 1:
         points = np.broadcast_to(points, (replicas, points.size))
-    if points.ndim != 2 or len(points) != replicas:
+    if points.ndim != 2 or len(points) != replicas or points.shape[1] == 0:
         raise DataError(f"start has shape {points.shape}", expected="a number, [d] or [replicas, d]")
     return np.ascontiguousarray(points)
 
 
-@njit(nogil=True)
-def _run(gradient, diffusion, level, start, dt, every, heun, seed, first, out):  # type: ignore[no-untyped-def]
-    d = start.shape[1]
-    slope, ahead, kick, there = np.empty(d), np.empty(d), np.empty(d), np.empty(d)
-    for r in range(out.shape[0]):
-        state = seeded(seed, first + r)
-        x = start[r].copy()
-        for k in range(every * (out.shape[1] - 1) + 1):
-            if k % every == 0:
-                out[r, k // every] = x
-            if k == every * (out.shape[1] - 1):
-                break
-            gradient(x, slope)
-            size = np.sqrt(2.0 * diffusion(x, level) * dt)
-            for i in range(d):
-                kick[i] = normal(state)
-            if heun:
-                for i in range(d):
-                    there[i] = x[i] - slope[i] * dt + size * kick[i]
-                gradient(there, ahead)
-                size = 0.5 * (size + np.sqrt(2.0 * diffusion(there, level) * dt))
-                for i in range(d):
-                    x[i] += -0.5 * (slope[i] + ahead[i]) * dt + size * kick[i]
-            else:
-                for i in range(d):
-                    x[i] += -slope[i] * dt + size * kick[i]
+def _per_coordinate(noise: Noise) -> bool:
+    return callable(noise) and len(inspect.signature(getattr(noise, "py_func", noise)).parameters) == 2
+
+
+def _diffusion_at(noise: Noise, point: Array) -> Array:
+    if not callable(noise):
+        return np.atleast_1d(finite(noise, "noise"))
+    if not _per_coordinate(noise):
+        return np.atleast_1d(np.asarray(compiled(noise)(point), dtype=float))
+    out = np.full(point.size, np.nan)
+    compiled(noise)(point, out)
+    return out
+
+
+def check_equation(landscape: Potential, noise: Noise, dt: float, points: Array) -> None:
+    """Refuse a time step, a noise or a potential that make no sense where the replicas start.
+
+    Raises:
+        DataError: a time step that is not positive, or a negative noise.
+        NonFiniteError: NaN or infinity in the potential, its gradient or the noise.
+    """
+    if not float(finite(dt, "dt")) > 0:
+        raise DataError(f"dt is {dt}", expected="a time step > 0")
+    slope = np.full(points.shape[1], np.nan)
+    for point in np.unique(points[:100], axis=0):
+        landscape.gradient(point, slope)
+        spread = _diffusion_at(noise, point)
+        for value, name in ((landscape.value(point), "potential"), (slope, "gradient"), (spread, "noise")):
+            if not np.all(np.isfinite(value)):
+                raise NonFiniteError(
+                    f"the {name} at the start {point} is {value}",
+                    expected="finite numbers",
+                    remedy=f"check the {name}, and that it fills every coordinate, or start elsewhere",
+                )
+        if np.any(spread < 0):
+            raise DataError(f"the noise is {spread} at the start", expected="a diffusion constant >= 0, or a function")
+
+
+def normals(count: int, dtype: str, spreads: list[str]) -> list[str]:
+    """Source lines that draw ``z0, z1, ...`` of variance ``spread / 2`` from the words ``a, b, c, e`` of a lane."""
+    bits = dtype[-2:]
+    lines = []
+    for first in range(0, count, 2):
+        lines += ["word, a, b, c, e = advance(a, b, c, e)"]
+        lines += [] if bits == "32" else ["more, a, b, c, e = advance(a, b, c, e)"]
+        lines += ["angle, a, b, c, e = advance(a, b, c, e)"]
+        lines += [f"size = exponential{bits}({'word' if bits == '32' else 'word, more'})"]
+        lines += [f"across, along = circle{bits}(angle)"]
+        lines += [f"radius = np.sqrt(size * {spreads[first]})", f"z{first} = radius * across"]
+        if first + 1 < count:
+            lines += [] if spreads[first] == spreads[first + 1] else [f"radius = np.sqrt(size * {spreads[first + 1]})"]
+            lines += [f"z{first + 1} = radius * along"]
+    return lines
+
+
+def _watching(observable: str, monitoring: str, dtype: str) -> list[str]:
+    """Lines that make ``value``, the largest watched value of this step, of ``here`` (after) and ``before``."""
+    if observable != "position":
+        return ["value = sign * F(observe(here))"]
+    lines = ["value = sign * here[0]"]
+    if monitoring == "siegmund":
+        lines += ["value += F(0.5826) * np.sqrt(F(0.5) * spread0)"]
+    if monitoring == "bridge":
+        lines += ["word, a, b, c, e = advance(a, b, c, e)"]
+        lines += [] if dtype == "float32" else ["more, a, b, c, e = advance(a, b, c, e)"]
+        lines += [f"size = exponential{dtype[-2:]}({'word' if dtype == 'float32' else 'word, more'})"]
+        lines += ["value = F(0.5) * (before + value + np.sqrt((value - before) * (value - before) + size * spread0))"]
+    return lines
+
+
+def _step(d: int, dtype: str, scheme: Scheme, each: bool, watching: list[str], bridged: bool) -> str:
+    spread = [f"spread{i}" if each else "spread0" for i in range(d)]
+    diffuse = ["diffusion(here, widths)"] if each else []
+    diffuse += [f"spread{i} = F(4) * dt * F(widths[{i}])" for i in range(d)] if each else []
+    diffuse += [] if each else ["spread0 = F(4) * dt * F(diffusion(here, level))"]
+    lines = ["a, b, c, e = s0[l], s1[l], s2[l], s3[l]"]
+    lines += [f"here[{i}] = x{i}[l]" for i in range(d)]
+    lines += ["before = sign * here[0]"] if bridged else []
+    lines += ["gradient(here, slope)", *diffuse]
+    if scheme == "euler":
+        lines += normals(d, dtype, spread)
+        lines += [f"here[{i}] = fma(-dt, F(slope[{i}]), here[{i}]) + z{i}" for i in range(d)]
+    else:
+        lines += normals(d, dtype, ["F(2)"] * d)
+        lines += [f"first{i} = np.sqrt(F(0.5) * {spread[i]})" for i in range(d)]
+        lines += [f"here[{i}] = fma(-dt, F(slope[{i}]), here[{i}]) + first{i} * z{i}" for i in range(d)]
+        lines += ["gradient(here, again)", *diffuse]
+        lines += [
+            f"here[{i}] = fma(F(-0.5) * dt, F(slope[{i}]) + F(again[{i}]), x{i}[l])"
+            f" + F(0.5) * (first{i} + np.sqrt(F(0.5) * {spread[i]})) * z{i}"
+            for i in range(d)
+        ]
+    lines += [f"x{i}[l] = here[{i}]" for i in range(d)]
+    lines += watching
+    lines += ["s0[l], s1[l], s2[l], s3[l] = a, b, c, e", "WATCH"]
+    return "for l in range(active):\n" + indent("\n".join(lines), "    ")
+
+
+def _constant(x: Array, level: float) -> float:
+    return level
+
+
+@cache
+def _with_level(noise: Callable[[Array], float], dtype: str) -> Callable[[Array, float], float]:
+    inner = single(noise, 1) if dtype == "float32" else compiled(noise)
+
+    def diffusion(x: Array, level: float) -> float:
+        return inner(x)
+
+    return compiled(diffusion)
+
+
+def langevin_simulator(
+    landscape: Potential,
+    noise: Noise,
+    d: int,
+    dtype: str,
+    scheme: Scheme,
+    observable: str | Callable[[Array], float] = "position",
+    monitoring: Monitoring | None = None,
+) -> Simulator:
+    """The equation as a simulator of lanes, with arguments ``start, dt, level, sign``."""
+    if scheme not in ("euler", "heun"):
+        raise DataError(f"scheme is {scheme!r}", expected="'euler' (Ito) or 'heun' (Stratonovich)")
+    each = _per_coordinate(noise)
+    watched = "position" if observable == "position" else "function"
+    used: dict[str, tuple[Callable[..., Any], int]] = {"gradient": (landscape.gradient, 2)}
+    if watched == "function":
+        used["observe"] = (landscape.value if observable == "loss" else compiled(observable), 1)  # type: ignore[arg-type]
+    functions: dict[str, Callable[..., Any]] = {}
+    imports = ["from thermograd.simulate.callables import compiled, single"]
+    wrap = "single" if dtype == "float32" else "compiled"
+    if all(library_name(function) for function, _ in used.values()) and not callable(noise):
+        for name, (function, _) in used.items():
+            imports += [f"from thermograd.simulate.potentials import {library_name(function)} as {name}"]
+            imports += [f"{name} = {wrap}({name})"]
+        imports += ["from thermograd.simulate.langevin import _constant", "diffusion = compiled(_constant)"]
+    else:
+        for name, (function, arrays) in used.items():
+            functions[name] = single(function, arrays) if dtype == "float32" else compiled(function)
+        if each:
+            functions["diffusion"] = single(noise, 2) if dtype == "float32" else compiled(noise)  # type: ignore[arg-type]
+        else:
+            functions["diffusion"] = _with_level(noise, dtype) if callable(noise) else compiled(_constant)
+    watching = _watching(watched, monitoring or "discrete", dtype) if monitoring else []
+    return Simulator(
+        arguments=("start", "dt", "level", "sign"),
+        floats=tuple(f"x{i}" for i in range(d)),
+        whole=(),
+        begin="\n".join(f"x{i}[l] = start[r, {i}]" for i in range(d)),
+        step=_step(d, dtype, scheme, each, watching, monitoring == "bridge"),
+        prepare="\n".join(f"{name} = lane_array(ZERO, {d})" for name in ("here", "slope", "again", "widths")),
+        watched="value",
+        dtype=dtype,
+        functions=functions,
+        imports="\n".join(imports),
+    )
 
 
 def langevin(
     potential: str | Potential,
-    noise: float | Callable[[Array], float],
+    noise: Noise,
     *,
     start: ArrayLike,
     dt: float,
@@ -109,7 +249,9 @@ def langevin(
     replicas: int = 100,
     seed: int = 0,
     record_every: int = 1,
-    scheme: Literal["euler", "heun"] = "euler",
+    burn_in: int = 0,
+    scheme: Scheme = "euler",
+    dtype: DTypeLike = "float64",
     threads: int | None = None,
 ) -> Trajectories:
     r"""Replicas of :math:`dx=-\nabla L\,dt+\sqrt{2D(x)}\,dW`.
@@ -118,53 +260,46 @@ def langevin(
 
     Args:
         potential: a name from ``POTENTIALS`` or a :class:`Potential`.
-        noise: D, a number, or a function of x [d] that numba can compile.
+        noise: D, a number, a function of x [d] that numba can compile, or a function (x, out) that fills ``out`` [d]
+            with a diffusion for each coordinate.
         start: first position, a number, [d] or [R, d].
         dt: time step.
-        steps: number of time steps.
+        steps: number of time steps after the burn-in.
         replicas: R.
         seed: of all random numbers.
         record_every: time steps between recorded rows.
+        burn_in: time steps before the first recorded row.
         scheme: "euler" or "heun".
+        dtype: "float64", or "float32" for about three times the speed; normal numbers then end at 6.7 deviations.
         threads: at most this many; the numbers do not depend on it.
 
     Returns:
-        ``.time`` [T] and ``.position`` [R, T, d].
+        ``.time`` [T] and ``.position`` [R, T, d]. After Ctrl-C the finished replicas, and ``.partial`` is True.
 
     Raises:
         DataError: an argument out of range.
+        NonFiniteError: the potential or the noise is not finite at the start.
         DivergedError: a replica ran away.
 
     >>> langevin("double-well", 0.1, start=[1.0], dt=0.01, steps=100, replicas=3, record_every=50).position.shape
     (3, 3, 1)
     """
-    check_counts(steps=steps, replicas=replicas, record_every=record_every, seed=seed)
-    check_noise(noise, dt)
-    if scheme not in ("euler", "heun"):
-        raise DataError(f"scheme is {scheme!r}", expected="'euler' (Ito) or 'heun' (Stratonovich)")
-    landscape, points = Potential.named(potential), start_points(start, replicas)
-    diffusion, level = diffusion_function(noise), 0.0 if callable(noise) else float(noise)
-    rows = steps // record_every + 1
-    out = np.empty((replicas, rows, points.shape[1]))
+    check_counts(steps=steps, replicas=replicas, record_every=record_every, seed=seed, burn_in=burn_in)
+    landscape, points, kind = Potential.named(potential), start_points(start, replicas), precision(dtype)
+    check_equation(landscape, noise, dt, points)
+    d, rows, number = points.shape[1], steps // record_every + 1, np.dtype(kind).type
+    simulator = langevin_simulator(landscape, noise, d, kind, scheme)
+    run = kernel(simulator, recorder(simulator, (simulator.floats[:d],)))
+    out, done = np.empty((replicas, rows, d), kind), np.zeros(replicas, np.int64)
+    points, level = points.astype(kind), number(0.0 if callable(noise) else float(noise))
 
-    def block(first: int, last: int) -> None:
-        _run(
-            landscape.gradient, diffusion, level, points[first:last], float(dt), record_every, scheme == "heun",
-            seed, first, out[first:last],
+    def call(counter: Buffer, stop: Buffer, tally: Buffer) -> None:
+        run(
+            rows, burn_in, record_every, seed, replicas, counter, stop, tally, done, out,
+            points, number(dt), level, number(1.0),
         )  # fmt: skip
 
-    run_blocks(block, replicas, "Langevin replicas", threads)
+    effort = drive(call, replicas, "Langevin replicas", threads)
+    out = finished(out, done)
     check_finite(out, "the Langevin equation")
-    return Trajectories(finite(dt * record_every * np.arange(rows), "time"), out)
-
-
-def check_noise(noise: float | Callable[[Array], float], dt: float) -> None:
-    """Refuse a negative or non-finite diffusion or time step.
-
-    Raises:
-        DataError: out of range.
-    """
-    if not callable(noise) and not float(finite(noise, "noise")) >= 0:
-        raise DataError(f"the noise is {noise}", expected="a diffusion constant >= 0 or a function of x")
-    if not float(finite(dt, "dt")) > 0:
-        raise DataError(f"dt is {dt}", expected="a time step > 0")
+    return Trajectories(finite(dt * (burn_in + record_every * np.arange(rows)), "time"), out, effort.partial)

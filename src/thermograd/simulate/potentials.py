@@ -11,13 +11,16 @@ from numba import njit
 
 from ..errors import DataError
 from ..theory.arrays import Array
+from .callables import compiled
 
-__all__ = ["POTENTIALS", "Potential", "compiled"]
+__all__ = ["POTENTIALS", "Potential", "library_name"]
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as a numba function (as it is if it is one already)."""
-    return function if hasattr(function, "py_func") else njit(function)
+def library_name(function: Callable[..., Any]) -> str | None:
+    """The name of a function of this module, None for any other: kernels of the former are kept on disk."""
+    plain = getattr(function, "py_func", function)
+    known = plain.__module__ == __name__ and "<locals>" not in plain.__qualname__
+    return plain.__qualname__ if known else None
 
 
 @dataclass(frozen=True)
