@@ -120,7 +120,7 @@ def test_adam_feels_sharpness_less():
     assert adam[0] / adam[1] == pytest.approx(2)
 
 
-@pytest.mark.parametrize("inverse", [3, 10, 30])
+@pytest.mark.parametrize("inverse", [3, 30])
 @pytest.mark.parametrize(
     ("ratio", "low", "high"),
     [(1.0, 2.0, 2.0), (0.9, 1.65, 1.74), (0.6, 1.27, 1.31), (0.3, 1.07, 1.09), (0.1, 1.01, 1.01)],

@@ -117,7 +117,8 @@ def mean_first_passage_time(sgd: SGD, curvature: float, loss_ratio: ArrayLike, d
     a = float(inverse_noise(sgd, float(curvature)))
     logarithm = _radial_times(ratio, dimension, a, lambda q: a * np.log1p(q), np.log1p)
     _warn_if_not_escape(sgd, float(curvature), ratio, dimension)
-    return np.exp(logarithm) / float(curvature)
+    with np.errstate(over="ignore"):
+        return np.exp(logarithm) / float(curvature)
 
 
 def mean_first_passage_time_asymptotic(sgd: SGD, curvature: float, loss_ratio: ArrayLike, dimension: int = 1) -> Array:
@@ -195,7 +196,7 @@ def gaussian_inputs_passage_time(sgd: SGD, curvature: float, loss_ratio: ArrayLi
         dimension: n >= 1.
 
     Returns:
-        [m], in units of t.
+        [m], in units of t; infinite beyond what a float holds.
 
     Raises:
         DataError: a threshold not above the minimum, or a dimension below 1.
@@ -207,7 +208,8 @@ def gaussian_inputs_passage_time(sgd: SGD, curvature: float, loss_ratio: ArrayLi
     ratio, a = _thresholds(loss_ratio), float(inverse_noise(sgd, float(curvature)))
     power = (dimension - 1) / 4 + a / 2
     found = _radial_times(ratio, dimension, a, lambda q: power * np.log1p(2 * q), lambda q: np.log1p(2 * q))
-    return np.exp(found) / float(curvature)
+    with np.errstate(over="ignore"):
+        return np.exp(found) / float(curvature)
 
 
 def local_slope(sgd: SGD, curvature: float, loss_ratio: ArrayLike, dimension: int = 1) -> Array:
@@ -265,7 +267,9 @@ def monitored_loss_ratio(sgd: SGD, curvature: float, loss_ratio: ArrayLike) -> A
     r"""The threshold whose continuous passage time is that of a chain watched once a step (Siegmund's correction).
 
     :math:`R\to R+0.5826\,\eta\sqrt{\Sigma_{rr}}`: :math:`\sqrt{c'-1}=\sqrt{c-1}+0.5826\,\eta h\sqrt{c/B}` for noise
-    proportional to the loss. First order in the size of a step over the radius.
+    proportional to the loss. First order in the size of a step over the radius: 7% high in time at
+    :math:`\eta h=0.02`, 20% at 0.1, where the uncorrected time is 30% and 40% low (measured against the chain's
+    kernel).
 
     Args:
         sgd: hyperparameters with a batch size.
