@@ -172,10 +172,14 @@ def floor(case: str) -> dict[str, float]:
     return parts | {"peak": peak, "seconds": sum(parts.values()) / peak}
 
 
-def ask(interpreter: str, who: str, case: str) -> dict[str, float] | None:
+def ask(interpreter: str, who: str, case: str, limit: float | None) -> dict[str, float] | None:
     """One contestant in a process of its own; None where it is not installed or fails."""
     command = [interpreter, __file__, "--contestant", who, "--case", case]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        print(f"  {who}: stopped after {limit:.0f} wall s")
+        return None
     if done.returncode:
         print(f"  {who}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
         return None
@@ -187,6 +191,7 @@ def main() -> None:
     parser.add_argument("--peers", help="python interpreter of the environment that has curvlinops and BackPACK")
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--repeats", type=int, default=2, help="the fastest of so many runs counts, for everybody")
+    parser.add_argument("--limit", type=float, help="wall seconds after which a contestant is stopped")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,7 +208,7 @@ def main() -> None:
         best: dict[str, dict[str, float]] = {}
         for _ in range(options.repeats):  # in turn, so that a busy minute does not hit one alone
             for who, interpreter in interpreters.items():
-                found = ask(interpreter, who, case) if interpreter else None
+                found = ask(interpreter, who, case, options.limit) if interpreter else None
                 if found and (who not in best or found["cpu"] < best[who]["cpu"]):
                     best[who] = found
         for who, found in best.items():

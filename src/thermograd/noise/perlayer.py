@@ -26,14 +26,23 @@ from ..problem import Problem
 from ..progress import bar
 from .capture import Use, capture
 from .factors import Factors, Outer, Rows, Tokens
-from .rules import embedding_rows, explicit, mapped_rows, outer_factors, sample_dimension, samples_first, tokens
+from .rules import (
+    embedding_rows,
+    explicit,
+    mapped_rows,
+    outer_factors,
+    sample_dimension,
+    samples_first,
+    tokens,
+    writes_into,
+)
 
 __all__ = ["PerLayer"]
 
 _PROBE = 7  # samples on which every rule is checked
 _BLOCK_BYTES = 2**31  # what the factors of one block of samples may take
 _SMALL = 4096  # parameters up to this size are put side by side in one matrix
-_TILE = 256  # samples whose inner products are computed at once
+_TILE = 128  # samples whose inner products are computed at once
 
 
 @dataclass(frozen=True)
@@ -192,14 +201,19 @@ class PerLayer:
         step = self.problem.chunk_size if recorded else len(chosen)
         if not recorded:  # a loss may be NaN where its gradient is not
             self.problem._refuse_non_finite(self.problem.sample_losses(self.theta, chosen), chosen)
+        room = {i: self._room(entry, len(chosen)) for i, entry in enumerate(self.plan)}
+        start = 0
         for part in chosen.split(step):
             uses = capture(self.problem, self.theta, part)[0] if recorded else []
             if recorded and uses and [use.kind for use in uses] != self._kinds:
                 uses = self._give_up()
                 return self.factors(positions)
             for i, entry in enumerate(self.plan):
-                gathered[i].append(self._assemble(entry, part, uses))
-        pieces = [_joined(parts) for parts in gathered.values()]
+                rows = room[i]
+                out = None if rows is None else rows[start : start + len(part)]
+                gathered[i].append(self._assemble(entry, part, uses, out))
+            start += len(part)
+        pieces = [_joined(parts, room[i]) for i, parts in gathered.items()]
         for piece in pieces:
             good = piece.finite()
             if not bool(good.all()):
@@ -223,15 +237,23 @@ class PerLayer:
         for block in blocks:
             yield block, self.factors(block)
 
-    def _assemble(self, entry: _Entry, samples: Tensor, uses: list[Use]) -> Factors:
-        """One entry's factors for a chunk of samples."""
+    def _room(self, entry: _Entry, count: int) -> Tensor | None:
+        """Memory for the gradients of one large parameter, so that they need not be copied together."""
+        if entry.form != "rows" or len(entry.names) > 1:
+            return None
+        return torch.empty(count, self._numbers(entry), dtype=self.problem.dtype, device=self.problem.device)
+
+    def _assemble(self, entry: _Entry, samples: Tensor, uses: list[Use], out: Tensor | None = None) -> Factors:
+        """One entry's factors for a chunk of samples, in ``out`` when there is one."""
         name, count = entry.names[0], len(samples)
         if entry.form == "mapped":
             rows = mapped_rows(self.problem, self.theta, samples, entry.names)
             return Rows(_label(entry.names), rows, tuple(self.places[n] for n in entry.names))
         if entry.form == "rows":
-            parts = [self._summed(n, uses, count) for n in entry.names]
-            rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            if out is not None:
+                rows = self._summed(name, uses, count, out)
+            else:
+                rows = torch.cat([self._summed(n, uses, count) for n in entry.names], dim=1)
             return Rows(_label(entry.names), rows, tuple(self.places[n] for n in entry.names))
         use = samples_first(uses[entry.use], self._dims[entry.use], count)
         if entry.form == "tokens":
@@ -239,24 +261,21 @@ class PerLayer:
         bias = self.places[entry.names[1]] if len(entry.names) > 1 else None
         return Outer(name, *outer_factors(use), self.places[name], bias)
 
-    def _summed(self, name: str, uses: list[Use], count: int) -> Tensor:
+    def _summed(self, name: str, uses: list[Use], count: int, out: Tensor | None = None) -> Tensor:
         """Per-sample gradients of one parameter [b, d], added up over its uses."""
         shape = self.problem.shapes[name]
-        total: Tensor | None = None
-        for i, use in enumerate(uses):
-            if name not in (use.weight, use.bias):
-                continue
-            use = samples_first(use, self._dims[i], count)
-            part = embedding_rows(use, shape) if use.kind == "embedding" else explicit(use, name)
-            if use.rows is not None:
-                padded = part.new_zeros(count, *shape)
-                padded[:, use.rows] = part
-                part = padded
-            total = part if total is None else total + part
-        if total is None:
+        mine = [i for i, use in enumerate(uses) if name in (use.weight, use.bias)]
+        if out is None:
             size = self.places[name].stop - self.places[name].start
-            return torch.zeros(count, size, dtype=self.problem.dtype, device=self.problem.device)
-        return total.reshape(count, -1)
+            out = torch.empty(count, size, dtype=self.problem.dtype, device=self.problem.device)
+        if len(mine) == 1 and writes_into(uses[mine[0]], name):
+            return explicit(samples_first(uses[mine[0]], self._dims[mine[0]], count), name, out).view(count, -1)
+        total = out.zero_().view(count, *shape)
+        for i in mine:
+            use = samples_first(uses[i], self._dims[i], count)
+            part = embedding_rows(use, shape) if use.kind == "embedding" else explicit(use, name)
+            total[:, use.rows or slice(None)] += part.view(count, -1, *shape[1:])
+        return out
 
     # ------------------------------------------------------------------ what is asked of the gradients
 
@@ -367,9 +386,11 @@ def _label(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
 
-def _joined(parts: list[Factors]) -> Factors:
-    """Chunks of samples of one entry as one."""
+def _joined(parts: list[Factors], room: Tensor | None) -> Factors:
+    """Chunks of samples of one entry as one; ``room`` holds the rows already where it was given."""
     head = parts[0]
+    if room is not None and isinstance(head, Rows):
+        return Rows(head.name, room, head.places)
     if len(parts) == 1:
         return head
     if isinstance(head, Rows):

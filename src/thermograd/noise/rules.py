@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,9 +15,18 @@ from ..problem import Problem
 from .capture import Use
 from .factors import Tokens
 
-__all__ = ["explicit", "mapped_rows", "outer_factors", "sample_dimension", "samples_first", "tokens"]
+__all__ = [
+    "embedding_rows",
+    "explicit",
+    "mapped_rows",
+    "outer_factors",
+    "sample_dimension",
+    "samples_first",
+    "tokens",
+    "writes_into",
+]
 
-_WORK = 2**23  # numbers in the unfolded inputs of a convolution at a time
+_WORK = 2**21  # numbers in the unfolded inputs of a convolution at a time
 
 
 def sample_dimension(use: Use, samples: int) -> int | None:
@@ -73,13 +83,15 @@ def unfolded(use: Use, samples: slice) -> Tensor:
             *(s * t for s, t in zip(steps[2:], o["stride"])),
         ),
     )
-    kernel = 1
-    for k in o["kernel"]:
-        kernel *= k
-    return windows.reshape(x.shape[0], x.shape[1] * kernel, -1)
+    return windows.reshape(x.shape[0], x.shape[1] * math.prod(o["kernel"]), -1)
 
 
-def explicit(use: Use, name: str) -> Tensor:
+def writes_into(use: Use, name: str) -> bool:
+    """Whether the gradients can be made in a given place without a copy."""
+    return use.kind == "conv" and name == use.weight and use.options["groups"] == 1
+
+
+def explicit(use: Use, name: str, out: Tensor | None = None) -> Tensor:
     """Per-sample gradients of a use's weight or bias, [b, ...] with the shape of its rows of the parameter."""
     signals = use.signals
     assert signals is not None
@@ -90,7 +102,7 @@ def explicit(use: Use, name: str) -> Tensor:
     if use.kind == "norm":
         return _kept_dimensions(signals * use.inputs, use.options["last"])
     if use.kind == "conv":
-        return _conv_weight(use, signals)
+        return _conv_weight(use, signals, out)
     first, second = outer_factors(use)
     return first.mT @ second
 
@@ -112,23 +124,21 @@ def _kept_dimensions(products: Tensor, last: int) -> Tensor:
     return products.sum(summed) if summed else products
 
 
-def _conv_weight(use: Use, signals: Tensor) -> Tensor:
-    groups, count = use.options["groups"], len(signals)
-    kernel = use.options["kernel"]
+def _conv_weight(use: Use, signals: Tensor, out: Tensor | None) -> Tensor:
+    groups, count, kernel = use.options["groups"], len(signals), use.options["kernel"]
     channels = use.inputs.shape[1] // groups
-    per_sample = signals[0, 0].numel() * channels * groups
-    for k in kernel:
-        per_sample *= k
-    step = max(1, _WORK // per_sample)
-    signals = signals.reshape(count, groups, signals.shape[1] // groups, -1)  # [b, groups, C_out, T]
-    parts = []
+    width = channels * math.prod(kernel)
+    signals = signals.reshape(count * groups, signals.shape[1] // groups, -1)  # [b groups, C_out, T]
+    if out is None:
+        out = signals.new_empty(count, groups * signals.shape[1] * width)
+    found = out.view(count * groups, signals.shape[1], width)
+    step = max(1, _WORK // (signals.shape[2] * width * groups))
     for start in range(0, count, step):
-        part = slice(start, start + step)
-        seen = unfolded(use, part)
-        seen = seen.reshape(len(seen), groups, -1, seen.shape[-1])  # [b, groups, C_in K, T]
-        parts.append(signals[part] @ seen.mT)
-    gradients = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return gradients.reshape(count, -1, channels, *kernel)
+        seen = unfolded(use, slice(start, start + step))
+        seen = seen.reshape(len(seen) * groups, width, -1)  # [b groups, C_in K, T]
+        part = slice(start * groups, (start + step) * groups)
+        torch.bmm(signals[part], seen.mT, out=found[part])
+    return out.view(count, -1, channels, *kernel)
 
 
 def embedding_rows(use: Use, shape: tuple[int, ...]) -> Tensor:
