@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .progress import track
 
 __all__ = ["Samples"]
 
+_KEEP_NUMBERS = 2**26  # data up to this many numbers are converted to the precision of the problem only once
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -43,6 +45,7 @@ class Samples:
     batch_size: int | None = None
     sampling: Sampling | None = None
     drop_last: bool = False
+    _converted: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_any(cls, data: Any) -> Samples:
@@ -105,11 +108,30 @@ class Samples:
     def take(self, index: Tensor | slice, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         """Inputs and targets at ``index``, floating tensors converted to ``dtype``."""
 
+        inputs, targets = self._trees(device, dtype)
+
         def pick(leaf: Tensor) -> Tensor:
             part = leaf[index.to(leaf.device) if isinstance(index, Tensor) else index].to(device)
             return part.to(dtype) if part.is_floating_point() else part
 
-        return tree_map(pick, self.inputs), None if self.targets is None else tree_map(pick, self.targets)
+        return tree_map(pick, inputs), None if targets is None else tree_map(pick, targets)
+
+    def _trees(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        """The trees to pick from: converted once and kept when that is small, else as given."""
+        trees = (self.inputs, self.targets)
+        if sum(leaf.numel() for leaf in self.leaves) > _KEEP_NUMBERS:
+            return trees
+        key = (str(device), dtype)
+        if key not in self._converted:
+            self._converted[key] = tuple(
+                None if tree is None else tree_map(_converter(device, dtype), tree) for tree in trees
+            )
+        kept: tuple[Any, Any] = self._converted[key]
+        return kept
+
+
+def _converter(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda leaf: leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
 
 
 def _check_finite(leaf: Tensor, name: str) -> None:
