@@ -107,7 +107,6 @@ class Samples:
 
     def take(self, index: Tensor | slice, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         """Inputs and targets at ``index``, floating tensors converted to ``dtype``."""
-
         inputs, targets = self._trees(device, dtype)
 
         def pick(leaf: Tensor) -> Tensor:
