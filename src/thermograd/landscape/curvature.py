@@ -1,49 +1,102 @@
 r"""The Hessian and the Gauss-Newton matrix of a problem, by their products with vectors.
 
-Both are computed chunk by chunk over the data. Within a chunk the forward pass and the first derivative are
-made once, then each vector costs one (Hessian) or three (Gauss-Newton) further backward passes, so a block of
-vectors is cheaper than the same vectors one after the other. When all the data fit one chunk its graph is kept
-from one product to the next. Only reverse-mode differentiation is used, which every torch layer supports.
+Both are computed chunk by chunk over the data, in one of two ways. The *linearised* way (:mod:`.engine`) traces the
+gradient, evaluates it once, and pushes a block of vectors through its derivative, layer by layer: the primal is
+computed once and kept as memory allows. The *reverse* way differentiates the gradient once more by backward passes,
+one (Hessian) or three (Gauss-Newton) a vector, which every torch layer supports; it serves small problems, where
+tracing costs more than it saves, functions of the weights, and models that cannot be traced or that do not give the
+same either way.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError, NonFiniteError, NotAvailableError
 from ..problem import Problem
+from .engine import Engine, worth_tracing
+from .linearised import NotLinearisableError
 from .operators import Operator
 
 __all__ = ["GaussNewton", "Hessian", "gauss_newton", "hessian"]
 
 _Kept = tuple[Tensor, ...]
+Method = Literal["auto", "linearised", "reverse"]
 
 
 class _Curvature(Operator):
     """A mean over samples of per-sample curvatures, plus weight decay on the diagonal."""
 
-    def __init__(self, problem: Problem, theta: Any, index: Any, weight_decay: float):
+    def __init__(self, problem: Problem, theta: Any, index: Any, weight_decay: float, method: Method = "auto"):
         if not (np.isfinite(weight_decay) and weight_decay >= 0):
             raise InputError(f"weight_decay is {weight_decay}", expected="a finite number >= 0")
+        if method not in ("auto", "linearised", "reverse"):
+            raise InputError(f"method is {method!r}", expected="'auto', 'linearised' or 'reverse'")
         super().__init__(problem.P, problem.dtype, problem.device)
         self.problem, self.weight_decay = problem, float(weight_decay)
         self.theta = problem.as_theta(theta).clone()  # [P]
         self._blocks = problem._blocks(index)
-        self._count = sum(map(len, self._blocks))
+        self._index = torch.cat(self._blocks)
+        self._count = len(self._index)
         self._graph: _Kept | None = None
+        self._method = method
+        self._engine: Engine | None = None
+
+    @property
+    def method(self) -> str:
+        """How products are computed, "linearised" or "reverse"; decided at the first product."""
+        return self._method
 
     def _product(self, block: Tensor) -> Tensor:
-        total = self.weight_decay * self._count * block  # [P, k]
-        for index in self._blocks:
-            total += self._chunk(index, block)
+        total = self._sum(block)  # [P, k]
+        if self.weight_decay:
+            total += self.weight_decay * self._count * block
         if not bool(torch.isfinite(total).all()):
             self._name_offender()
         return total / self._count
+
+    def _sum(self, block: Tensor) -> Tensor:
+        """Sum over samples of their curvature times the block."""
+        engine = self._linearised()
+        if engine is not None:
+            try:
+                return engine(block)
+            except NotLinearisableError as error:
+                if self._method == "linearised" and self._forced:
+                    raise NotAvailableError(f"the model cannot be linearised: {error}") from error
+                self._method, self._engine = "reverse", None
+        return torch.stack([self._chunk(index, block) for index in self._blocks]).sum(0)
+
+    def _linearised(self) -> Engine | None:
+        if self._method == "auto":
+            self._forced = False
+            self._method = "linearised" if worth_tracing(self.problem, self._count) else "reverse"
+        if self._method == "linearised" and self._engine is None:
+            self._engine = Engine(self.problem, self.theta, self._index, self._function(), self._refuse)
+            if not self._engine.agrees(self._reverse_few):
+                if self._forced:
+                    raise NotAvailableError(
+                        "the linearised and the reverse way do not give the same product for this model",
+                        expected="a model without stopped gradients",
+                        remedy="use method='reverse'",
+                    )
+                self._method, self._engine = "reverse", None
+        return self._engine
+
+    _forced = True
+
+    def _reverse_few(self, index: Tensor, block: Tensor) -> Tensor:
+        return self._apply(self._trace(index), block)
+
+    @abstractmethod
+    def _function(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Function of (theta, theta, inputs, targets) whose derivative by the first is the sum of curvatures."""
 
     def _chunk(self, index: Tensor, block: Tensor) -> Tensor:
         """Sum over the samples of a chunk of their curvature times the block."""
@@ -103,6 +156,18 @@ def _pull(outputs: Tensor, inputs: Tensor, cotangent: Tensor) -> Tensor:
 class Hessian(_Curvature):
     r"""Hessian of the mean loss, :math:`H = \nabla^2 L + \lambda I`; see :func:`hessian`."""
 
+    def _function(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        problem = self.problem
+
+        def function(theta: Tensor, _: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+            def total(t: Tensor) -> tuple[Tensor, Tensor]:
+                losses = problem._function.losses(problem.unflatten(t), inputs, targets)
+                return losses.sum(), losses
+
+            return torch.func.grad(total, has_aux=True)(theta)
+
+        return function
+
     def _trace(self, index: Tensor) -> _Kept:
         leaf = self.theta.clone().requires_grad_()
         losses = self.problem.differentiable_sample_losses(leaf, index)  # [b]
@@ -119,6 +184,24 @@ class Hessian(_Curvature):
 
 class GaussNewton(_Curvature):
     r"""Generalised Gauss-Newton matrix; see :func:`gauss_newton`."""
+
+    def _function(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        problem = self.problem
+
+        def function(theta: Tensor, fixed: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+            def network(t: Tensor) -> Tensor:
+                return problem._function.outputs(problem.unflatten(t), inputs)
+
+            def total(outputs: Tensor) -> tuple[Tensor, Tensor]:
+                losses = problem._function.output_losses(outputs, targets)
+                return losses.sum(), losses
+
+            # J(fixed)^T slope(f(theta)): its derivative by theta alone leaves the network's own curvature out
+            pull = torch.func.vjp(network, fixed)[1]
+            slope, losses = torch.func.grad(total, has_aux=True)(network(theta))
+            return pull(slope)[0], losses
+
+        return function
 
     def _trace(self, index: Tensor) -> _Kept:
         leaf = self.theta.clone().requires_grad_()
@@ -144,7 +227,9 @@ class GaussNewton(_Curvature):
         return torch.stack(columns, dim=1)  # [P, k]
 
 
-def hessian(problem: Problem, theta: Any = None, index: Any = None, weight_decay: float = 0.0) -> Hessian:
+def hessian(
+    problem: Problem, theta: Any = None, index: Any = None, weight_decay: float = 0.0, method: Method = "auto"
+) -> Hessian:
     r"""Hessian of the mean loss at ``theta``, matrix-free.
 
     .. math:: H = \frac1N \sum_i \nabla^2 \ell_i(\theta) + \lambda I
@@ -156,6 +241,8 @@ def hessian(problem: Problem, theta: Any = None, index: Any = None, weight_decay
         theta: weights ``[P]``; default: where the model stands now.
         index: the samples to average over; default all N.
         weight_decay: :math:`\lambda`, added on the diagonal.
+        method: "linearised" (traced once, blocks of vectors), "reverse" (backward passes alone), or "auto": linearised
+            where the problem is large enough and the two agree on a few samples.
 
     Returns:
         An :class:`~thermograd.landscape.operators.Operator` of shape (P, P).
@@ -168,10 +255,12 @@ def hessian(problem: Problem, theta: Any = None, index: Any = None, weight_decay
     tensor([[0., 1.],
             [1., 0.]], dtype=torch.float64)
     """
-    return Hessian(problem, theta, index, weight_decay)
+    return Hessian(problem, theta, index, weight_decay, method)
 
 
-def gauss_newton(problem: Problem, theta: Any = None, index: Any = None, weight_decay: float = 0.0) -> GaussNewton:
+def gauss_newton(
+    problem: Problem, theta: Any = None, index: Any = None, weight_decay: float = 0.0, method: Method = "auto"
+) -> GaussNewton:
     r"""Generalised Gauss-Newton matrix at ``theta``, matrix-free.
 
     .. math::
@@ -185,6 +274,8 @@ def gauss_newton(problem: Problem, theta: Any = None, index: Any = None, weight_
         theta: weights ``[P]``; default: where the model stands now.
         index: the samples to average over; default all N.
         weight_decay: :math:`\lambda`, added on the diagonal.
+        method: "linearised" (traced once, blocks of vectors), "reverse" (backward passes alone), or "auto": linearised
+            where the problem is large enough and the two agree on a few samples.
 
     Raises:
         NotAvailableError: the problem has no outputs.
@@ -195,4 +286,4 @@ def gauss_newton(problem: Problem, theta: Any = None, index: Any = None, weight_
     >>> gauss_newton(problem).dense()
     tensor([[5.]], dtype=torch.float64)
     """
-    return GaussNewton(problem, theta, index, weight_decay)
+    return GaussNewton(problem, theta, index, weight_decay, method)
