@@ -24,8 +24,9 @@ from .first_passage import (
 from .langevin import Trajectories, langevin
 from .minibatch import linear_regression_sgd, quadratic_sgd
 from .networks import Networks, minibatches, networks, networks_first_passage
-from .potentials import POTENTIALS, Potential
+from .potentials import POTENTIALS, Potential, double_well, mori_saddle, noise_of_loss, quadratic
 from .rare_event import RareEvent, rare_event
+from .torch_path import TorchPotential, first_passage_torch, langevin_torch, linear_regression_torch
 
 __all__ = [
     "POTENTIALS",
@@ -34,15 +35,23 @@ __all__ = [
     "Networks",
     "Potential",
     "RareEvent",
+    "TorchPotential",
     "Trajectories",
+    "double_well",
     "first_passage",
+    "first_passage_torch",
     "langevin",
     "langevin_first_passage",
+    "langevin_torch",
     "linear_regression_first_passage",
     "linear_regression_sgd",
+    "linear_regression_torch",
     "minibatches",
+    "mori_saddle",
     "networks",
     "networks_first_passage",
+    "noise_of_loss",
+    "quadratic",
     "quadratic_first_passage",
     "quadratic_sgd",
     "rare_event",

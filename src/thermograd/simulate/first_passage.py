@@ -41,7 +41,8 @@ def first_passage(system: Any, *args: Any, **options: Any) -> FirstPassage:
     ``first_passage(potential, noise, thresholds, start=..., dt=..., max_steps=...)`` for the Langevin equation, see
     :func:`langevin_first_passage`. For another simulator give it as the first argument: ``linear_regression_sgd``
     (then the arguments of :func:`linear_regression_first_passage`), ``quadratic_sgd``
-    (:func:`quadratic_first_passage`), ``networks`` (``networks_first_passage``) or ``langevin``.
+    (:func:`quadratic_first_passage`), ``networks`` (``networks_first_passage``) or ``langevin``. A ``TorchPotential``
+    runs in torch.
 
     Raises:
         DataError: thresholds that are not beyond the start, or another argument out of range.
@@ -51,6 +52,10 @@ def first_passage(system: Any, *args: Any, **options: Any) -> FirstPassage:
     >>> bool(found.mean[1] > found.mean[0]), int(found.censored.sum())
     (True, 0)
     """
+    from .torch_path import TorchPotential, first_passage_torch
+
+    if isinstance(system, TorchPotential):
+        return first_passage_torch(system, *args, **options)
     if isinstance(system, str | Potential):
         return langevin_first_passage(system, *args, **options)
     known = _simulators()
