@@ -133,7 +133,7 @@ def test_matrix_learning_rate_solves_its_chain():
     rng = np.random.default_rng(3)
     a, c = rng.normal(size=(2, 3, 3))
     h, c = a @ a.T / 3 + 0.2 * np.eye(3), c @ c.T / 3
-    for rates in (np.full(3, 0.2), None):
+    for rates in (np.full(3, 0.2), np.array([0.1, 0.2, 0.05]), None):
         rate = np.diag(rates) if rates is not None else 0.1 * np.eye(3) + 0.02 * h  # commutes with H, so symmetric
         found = noise_models.preconditioned_covariance(SGD(lr=1.0, momentum=0.6), h, c, rate)
         chain = np.block([[np.eye(3) - rate @ h, 0.6 * np.eye(3)], [-rate @ h, 0.6 * np.eye(3)]])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import ndtr
+from scipy.special import gammaln, ndtr
 
 from thermograd import SGD
 from thermograd.errors import DataError, NotAvailableError, ThermogradWarning, TooShortError, UnstableError
@@ -70,9 +70,6 @@ def test_density_is_normalised_and_has_its_second_moment(room, dimension):
     phi = dimension / 2 + room
     y = np.linspace(-25, np.log(1e8) / max(room, 0.3) + 12, 40_001)
     r = np.exp(y)
-    shell = 2 * np.pi ** (dimension / 2) / np.exp(float(np.sum(np.log(np.arange(1, 1))))) * r**dimension
-    from scipy.special import gammaln
-
     shell = np.exp(np.log(2) + dimension / 2 * np.log(np.pi) - gammaln(dimension / 2) + dimension * y)
     density = power_law.power_law_density(r, phi, dimension)
     tail = 0.02 if room < 0.3 else 1e-4
@@ -181,18 +178,9 @@ def test_radial_passage_of_gaussian_inputs_in_several_dimensions():
         if alive.size == 0:
             break
     radius = np.sqrt(c - 1) + 0.5826 * np.sqrt(0.25 * dt * (1 + 2 * (c - 1)))
-    with pytest.warns(ThermogradWarning) if c < power_law.stationary_loss_ratio(sgd, 1.0, d) else _nothing():
-        exact = power_law.gaussian_inputs_passage_time(sgd, 1.0, 1 + radius**2, d)[0]
+    exact = power_law.gaussian_inputs_passage_time(sgd, 1.0, 1 + radius**2, d)[0]
     error = steps.std() / np.sqrt(1500) * dt
     assert abs(steps.mean() * dt - exact) < 4 * error + 0.01 * exact  # false alarms 6e-5
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
 
 
 @given(a=st.floats(0.6, 300), dimension=st.integers(1, 12), excess=st.floats(1e-3, 2))
@@ -357,10 +345,6 @@ def test_underdamped_prefactors():
         assert published == pytest.approx(2 * np.pi * 0.02 / lam * np.exp(psi))
         ito = kramers.escape_time_sgd_underdamped(sgd, 0.001, 2.0, -1.0)
         assert ito == pytest.approx(published / 2)
-        constant = kramers.escape_time_momentum(sgd, 0.001, 1.0, -1.0, 1e9) / kramers.escape_time_momentum(
-            sgd, 0.001, 1.0, -1.0, 1e9
-        )
-        assert constant == pytest.approx(1)
     slow = SGD(lr=1e-6, momentum=0.3, batch_size=1)
     assert kramers.escape_time_sgd_underdamped(slow, 1e-6, 2.0, -1.0) == pytest.approx(
         kramers.escape_time_sgd(slow, 1e-6, 2.0, -1.0), rel=1e-5

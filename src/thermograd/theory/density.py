@@ -285,7 +285,7 @@ def stationary_loss_ratio(sgd: SGD, curvature: float, dimension: int = 1) -> flo
 
 
 def stationary_loss_ratio_discrete(sgd: SGD, curvature: float, dimension: int = 1) -> float:
-    r"""The same for minibatch SGD on Gaussian regression, exact: :math:`1+nv`,
+    r"""Mean stationary loss ratio of minibatch SGD on Gaussian regression, exact: :math:`1+nv`,
     :math:`v=\frac{\eta/B}{2-\eta h-\eta h(n+1)/B}h`.
 
     Args:

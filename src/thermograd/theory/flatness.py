@@ -8,19 +8,28 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import DataError, TooShortError
+from ..hyperparameters import SGD
 from .arrays import Array, finite
+from .scaling import crossover_curvature
 
 __all__ = [
     "Regime",
     "curvature_from_flatness",
     "direction_temperature",
+    "drift_diffusion_displacement",
+    "effective_loss",
+    "flat_preference",
     "flatness_from_curvature",
+    "loss_over_flatness",
+    "loss_over_flatness_published",
     "minibatch_loss_temperature",
+    "modes_regime",
     "noise_exponent",
     "random_walk_pca",
+    "thermal_exponent",
     "variance_exponent",
     "variance_from_temperature",
 ]
@@ -196,3 +205,162 @@ def random_walk_pca(steps: int) -> Array:
         raise TooShortError(f"{steps} row(s) have no principal component", expected="at least 2 rows")
     values = 1 / (4 * np.sin(np.pi * np.arange(1, steps) / (2 * steps)) ** 2)
     return values / ((steps**2 - 1) / 6)
+
+
+def loss_over_flatness(displacement: ArrayLike, flatness: ArrayLike, loss: float) -> Array:
+    r"""Loss along a direction of a quadratic valley, :math:`L_0[1+4(e-1)\delta^2/F^2]` (derived from the definition of
+    F).
+
+    Args:
+        displacement: delta, any shape.
+        flatness: F > 0, broadcast.
+        loss: L_0 > 0 at the bottom.
+
+    Returns:
+        The loss; e times L_0 at delta = F/2.
+
+    Raises:
+        DataError: a flatness or loss that is not positive.
+
+    >>> float((loss_over_flatness(0.5, 1.0, 1.0) / np.e).round(12))
+    1.0
+    """
+    ratio = finite(displacement, "displacement") / _positive(flatness, "flatness")
+    return float(_positive(loss, "loss")) * (1 + 4 * (np.e - 1) * ratio**2)
+
+
+def loss_over_flatness_published(displacement: ArrayLike, flatness: ArrayLike, loss: float) -> Array:
+    r"""Loss along a direction **as quoted** from Feng & Tu (2021), :math:`L_0[1+\delta^2/F^2]`: F read as a half
+    width, e - 1 dropped.
+
+    Not consistent with the definition of F (:func:`loss_over_flatness` is); kept to read the paper's formulas.
+
+    Args:
+        displacement: delta, any shape.
+        flatness: F > 0, broadcast.
+        loss: L_0 > 0 at the bottom.
+
+    Returns:
+        The loss.
+
+    Raises:
+        DataError: a flatness or loss that is not positive.
+
+    >>> float(loss_over_flatness_published(1.0, 1.0, 1.0))
+    2.0
+    """
+    ratio = finite(displacement, "displacement") / _positive(flatness, "flatness")
+    return float(_positive(loss, "loss")) * (1 + ratio**2)
+
+
+def drift_diffusion_displacement(lag: ArrayLike, speed: ArrayLike, diffusion: ArrayLike) -> Array:
+    r"""Mean-squared displacement of a principal direction at short lags, :math:`v^2\Delta^2+2D\Delta` (standard).
+
+    The first principal direction is ballistic, the others diffuse (Feng & Tu 2021).
+
+    Args:
+        lag: steps, [t].
+        speed: v of each direction, weight a step, [n] or a number.
+        diffusion: D of each direction, squared weight a step, >= 0, [n] or a number.
+
+    Returns:
+        [t, n].
+
+    Raises:
+        DataError: a negative diffusion.
+
+    >>> drift_diffusion_displacement([1.0, 10.0], [1.0, 0.0], [0.5, 0.5])
+    array([[  2.,   1.],
+           [110.,  10.]])
+    """
+    d = np.atleast_1d(finite(diffusion, "diffusion"))
+    if np.any(d < 0):
+        raise DataError(f"a diffusion is {d.min():g}", expected="numbers >= 0")
+    t = np.atleast_1d(finite(lag, "lag"))[:, None]
+    return np.atleast_1d(finite(speed, "speed")) ** 2 * t**2 + 2 * d * t
+
+
+def thermal_exponent() -> float:
+    r"""The exponent psi of isotropic thermal noise: :math:`\sigma^2=T/h\propto F^2`, :math:`\psi=-2` (equilibrium).
+
+    That SGD shows the opposite sign is the "inverse" of Feng & Tu (2021).
+
+    >>> thermal_exponent()
+    -2.0
+    """
+    return float(variance_exponent(0.0, "sharp"))
+
+
+def modes_regime(sgd: SGD, curvature: ArrayLike, *, window: int | None = None) -> NDArray[np.str_]:
+    r"""Whether each mode is "flat" or "sharp" for :func:`variance_exponent`: below or above the crossover curvature.
+
+    Reshuffled epochs: :math:`3(1-\beta)/(\eta(M+1))`; a window of T steps: :math:`3(1-\beta)/(\eta T)`; with both, the
+    larger one counts (Kuehn & Rosenow 2023; the window derived here). With replacement only the window makes a mode
+    flat.
+
+    Args:
+        sgd: hyperparameters.
+        curvature: Hessian eigenvalues without weight decay, [n].
+        window: steps over which the variance was taken, their mean removed; none for a stationary variance.
+
+    Returns:
+        "flat" or "sharp", [n].
+
+    Raises:
+        HyperparameterError: sizes missing that the sampling scheme needs.
+
+    >>> modes_regime(SGD(lr=0.1, batch_size=50, dataset_size=1500), [0.1, 3.0]).tolist()
+    ['flat', 'sharp']
+    """
+    h = np.atleast_1d(finite(curvature, "curvature"))
+    edges = [] if sgd.sampling == "replacement" else [crossover_curvature(sgd)]
+    edges += [] if window is None else [crossover_curvature(sgd, window)]
+    return np.where(h < max(edges, default=-np.inf), "flat", "sharp")
+
+
+def effective_loss(flatness: ArrayLike, noise: float, anisotropy: float) -> Array:
+    r"""Loss that SGD noise adds along a valley of changing width, :math:`L_{SGD}=\Delta(1-\kappa)\ln F`.
+
+    Yang, Tang & Tu (2023), toy model: noise Delta across the valley, :math:`\Delta/\kappa` along it, in
+    :math:`P_{ss}\propto e^{-(L+L_{SGD})/\Delta}`. Decreasing with flatness for :math:`\kappa>1`; isotropic noise
+    (:math:`\kappa=1`) prefers nothing.
+
+    Args:
+        flatness: F(x) = lambda(x)^(-1/2) > 0, any shape.
+        noise: Delta > 0.
+        anisotropy: kappa > 0.
+
+    Returns:
+        Same shape, in units of the loss.
+
+    Raises:
+        DataError: an argument that is not positive.
+
+    >>> effective_loss([1.0, np.e], 0.1, 3.0)
+    array([-0. , -0.2])
+    """
+    width = _positive(flatness, "flatness")
+    return float(_positive(noise, "noise")) * (1 - float(_positive(anisotropy, "anisotropy"))) * np.log(width)
+
+
+def flat_preference(curvature: ArrayLike, anisotropy: float) -> Array:
+    r"""Stationary density along the valley with respect to its transverse curvature,
+    :math:`P(x)\propto\lambda(x)^{-\kappa/2}`.
+
+    Marginal over the transverse coordinate of :func:`effective_loss` for a bottom of constant loss (Yang, Tang & Tu
+    2023; derived). Not normalised: relative to the density where the curvature is 1.
+
+    Args:
+        curvature: lambda(x) > 0, any shape.
+        anisotropy: kappa > 0.
+
+    Returns:
+        Same shape.
+
+    Raises:
+        DataError: an argument that is not positive.
+
+    >>> flat_preference([1.0, 4.0], 2.0)
+    array([1.  , 0.25])
+    """
+    return _positive(curvature, "curvature") ** (-float(_positive(anisotropy, "anisotropy")) / 2)

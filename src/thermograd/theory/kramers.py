@@ -354,7 +354,8 @@ def transverse_factor_path(
     *,
     nodes: int = 2001,
 ) -> float:
-    r"""The same for any profile of the noise, :math:`\exp\int_a^b\frac{\eta}{4B}\frac{w'(x)}{D_e(x)}dx` (derived).
+    r"""Transverse factor for any profile of the noise, :math:`\exp\int_a^b\frac{\eta}{4B}\frac{w'(x)}{D_e(x)}dx`
+    (derived).
 
     Args:
         sgd: hyperparameters with a batch size.

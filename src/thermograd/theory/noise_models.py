@@ -171,8 +171,9 @@ def preconditioned_covariance(sgd: SGD, hessian: ArrayLike, noise_covariance: Ar
         (1-\beta)(\Lambda HS+SH\Lambda)-\tfrac{1+\beta^2}{1-\beta^2}\Lambda HSH\Lambda
         +\tfrac{\beta}{1-\beta^2}(\Lambda H\Lambda HS+SH\Lambda H\Lambda)=\Lambda C\Lambda
 
-    (Liu et al. 2021, arXiv 2012.03636; Ziyin et al. 2022, Theorem 1). The equation assumes that :math:`\Lambda H` is
-    symmetric: S is then that of :func:`~thermograd.theory.covariance.stationary_covariance`.
+    (Liu et al. 2021, arXiv 2012.03636; Ziyin et al. 2022, Theorem 1; verified here against the discrete Lyapunov
+    equation for rates that do not commute with H). With :math:`\Lambda=\eta I` it is
+    :func:`~thermograd.theory.covariance.stationary_covariance`.
 
     Args:
         sgd: hyperparameters; ``momentum`` is used, ``lr`` is not.

@@ -156,7 +156,7 @@ def mean_first_passage_time_asymptotic(sgd: SGD, curvature: float, loss_ratio: A
 
 
 def linear_barrier_passage_time(sgd: SGD, curvature: float, loss_ratio: ArrayLike, dimension: int = 1) -> Array:
-    r"""The same under constant noise of the minimum's strength, :math:`T\sim e^{B(c-1)/(\eta h)}`: an upper bound
+    r"""Passage time under constant noise of the minimum's strength, :math:`T\sim e^{B(c-1)/(\eta h)}`: an upper bound
     (derived).
 
     The Arrhenius law with the linear barrier and temperature :math:`\eta hL^*/B`, which real minibatches follow for
@@ -184,7 +184,7 @@ def linear_barrier_passage_time(sgd: SGD, curvature: float, loss_ratio: ArrayLik
 
 
 def gaussian_inputs_passage_time(sgd: SGD, curvature: float, loss_ratio: ArrayLike, dimension: int = 1) -> Array:
-    r"""The same for the Ito equation with the exact covariance of Gaussian inputs (derived).
+    r"""Passage time of the Ito equation with the exact covariance of Gaussian inputs (derived).
 
     The radial noise is :math:`(1+2u^2)/B` instead of :math:`(1+u^2)/B`, so that escape is faster; Gaussian noise with
     the right covariance is still not minibatch noise (:func:`thermograd.theory.discrete.first_passage_steps`).

@@ -128,7 +128,7 @@ def multiplicative_floor(sgd: SGD, hessian_trace: float) -> float:
 
 
 def measured_floor(curvature: ArrayLike, weight_variance: ArrayLike, residual_variance: float) -> float:
-    r"""The same floor from measured variances, :math:`\epsilon=\sum_j\lambda_j\sigma_j^2/\mathrm{Var}(residual)`.
+    r"""Multiplicative floor from measured variances, :math:`\epsilon=\sum_j\lambda_j\sigma_j^2/\mathrm{Var}(residual)`.
 
     Linear regression (derived): the share of a sample's residual that comes from the spread of the weights.
 

@@ -275,7 +275,8 @@ def _record(
 def gaussian_regression_transient(
     sgd: SGD, curvature: ArrayLike, label_noise: float, steps: ArrayLike, *, offset: ArrayLike = 0.0
 ) -> RegressionTransient:
-    r"""The same for fresh Gaussian samples, :math:`BC=\sigma^2A+A\,\mathrm{tr}(AS)+ASA`, :math:`S=P+mm^T` (derived).
+    r"""Mean and covariance after k steps on fresh Gaussian samples, :math:`BC=\sigma^2A+A\,\mathrm{tr}(AS)+ASA`,
+    :math:`S=P+mm^T` (derived).
 
     The covariance is Isserlis' (for a stationary state: Ziyin et al. 2022, Lemma 1).
 
