@@ -318,3 +318,39 @@ def test_what_is_not_finite_is_named() -> None:
     problem = tg.Problem(model, lambda f, t: f.sum(), (X, torch.zeros(8, 1)))
     with pytest.raises(NonFiniteError, match=r"sample 7.*linear\.weight"):
         PerLayer(problem).gram()
+
+
+# ---------------------------------------------------------------------- what is built on it
+
+
+@pytest.mark.parametrize("name", ["cnn-maxpool", "transformer", "mlp-mse"])
+def test_strength_scale_and_projections_do_not_depend_on_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from thermograd.noise import gradients as ways
+
+    problem = problem_of(name)
+    D = torch.randn(problem.P, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def measured() -> list[np.ndarray]:
+        scale = tg.noise.noise_scale(problem)
+        return [
+            np.asarray(tg.noise.strength(problem).value),
+            np.asarray([scale.simple, scale.stderr, scale.curvature_weighted, scale.gradient_square_stderr]),
+            tg.noise.projections(problem, D).numpy(),
+            ways.combinations(problem, problem.theta, torch.arange(problem.N), 2, seed=1).numpy(),
+        ]
+
+    plain = measured()
+    monkeypatch.setattr(ways, "_LARGE", 0)
+    for a, b in zip(plain, measured()):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_large_common_gradient_leaves_the_strength_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thermograd.noise import gradients as ways
+
+    monkeypatch.setattr(ways, "_LARGE", 0)
+    torch.manual_seed(0)
+    X = 1e6 + torch.randn(20, 3, dtype=torch.float64)
+    model = nn.Linear(3, 1, bias=False).double()
+    problem = tg.Problem(model, lambda f, t: f.sum(), (X, torch.zeros(20, 1)))
+    assert tg.noise.strength(problem).value == pytest.approx(float(torch.cov(X.T, correction=0).trace()), rel=1e-8)

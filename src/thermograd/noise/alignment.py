@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import TooShortError
@@ -18,7 +17,7 @@ from ..landscape.spectrum import Eigenpairs, eigenpairs
 from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
 from .covariance import covariance
-from .gradients import gradient_blocks, projections, sample_index
+from .gradients import combinations, projections, sample_index
 from .statistics import bootstrap_weights, power_law, slopes
 
 if TYPE_CHECKING:
@@ -153,11 +152,4 @@ def _cosine(problem: Problem, operator: Operator, theta: Tensor, index: Any, see
 
 def _noise_vectors(problem: Problem, theta: Tensor, index: Any, seed: int) -> Tensor:
     """Random signed sums of per-sample gradients, [P, q], whose covariance is C_0."""
-    chosen = sample_index(problem, index)
-    mean = problem.gradient(theta, chosen)
-    random = torch.Generator().manual_seed(seed)
-    noise = torch.zeros(problem.P, _PROBES, dtype=problem.dtype, device=problem.device)
-    for block, rows in gradient_blocks(problem, theta, chosen, "alignment of noise and curvature"):
-        signs = 2 * torch.randint(0, 2, (len(block), _PROBES), generator=random) - 1
-        noise += (rows - mean).T @ signs.to(rows.device, rows.dtype)
-    return noise / math.sqrt(len(chosen))
+    return combinations(problem, theta, sample_index(problem, index), _PROBES, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,28 @@ from ..errors import InputError, NonFiniteError
 from ..landscape.displaced import as_directions
 from ..problem import Problem
 from ..progress import bar
+from .perlayer import PerLayer
 
-__all__ = ["gradient_blocks", "losses_and_slopes", "projections", "sample_index", "subsample"]
+__all__ = [
+    "by_layers",
+    "combinations",
+    "deviations",
+    "gradient_blocks",
+    "losses_and_slopes",
+    "projections",
+    "sample_index",
+    "subsample",
+]
+
+
+_LARGE = 2**22  # numbers in all per-sample gradients from which they are not formed if layers allow it
+
+_CANCELS = 100.0  # |g|^2 over Tr C up to which squared distances are had from lengths
+
+
+def by_layers(problem: Problem, samples: int) -> bool:
+    """Whether the per-sample gradients are so many numbers that they are better taken layer by layer."""
+    return problem.model is not None and samples * problem.P > _LARGE
 
 
 def sample_index(problem: Problem, index: Any) -> Tensor:
@@ -45,8 +66,45 @@ def gradient_blocks(problem: Problem, theta: Tensor, index: Any, description: st
 def projections(problem: Problem, directions: Any, theta: Any = None, index: Any = None) -> Tensor:
     """Per-sample gradients along directions, ``[n, k]``: the derivative of each sample's loss along each."""
     theta, columns = problem.as_theta(theta), as_directions(problem, directions)
-    blocks = gradient_blocks(problem, theta, index, "gradients along directions")
+    chosen = sample_index(problem, index)
+    if by_layers(problem, len(chosen)):
+        return PerLayer(problem, theta, chosen).project(columns.T.contiguous())
+    blocks = gradient_blocks(problem, theta, chosen, "gradients along directions")
     return torch.cat([gradients @ columns for _, gradients in blocks])
+
+
+def combinations(problem: Problem, theta: Tensor, chosen: Tensor, count: int, seed: int) -> Tensor:
+    """Random signed sums of the deviations of per-sample gradients from their mean, ``[P, count]``.
+
+    Each has the covariance of the per-sample gradients (over the samples' number, not one less).
+    """
+    random = torch.Generator().manual_seed(seed)
+    signs = (2 * torch.randint(0, 2, (len(chosen), count), generator=random) - 1).to(problem.device, problem.dtype)
+    signs = signs - signs.mean(0)  # takes the mean gradient off
+    if by_layers(problem, len(chosen)):
+        return PerLayer(problem, theta, chosen).lift(signs).T / math.sqrt(len(chosen))
+    out = torch.zeros(problem.P, count, dtype=problem.dtype, device=problem.device)  # [P, count]
+    start = 0
+    for block, rows in gradient_blocks(problem, theta, chosen, "combinations of per-sample gradients"):
+        out += rows.T @ signs[start : start + len(block)]
+        start += len(block)
+    return out / math.sqrt(len(chosen))
+
+
+def deviations(problem: Problem, theta: Tensor, chosen: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of per-sample gradients from their mean, and products with the mean: ``[n]`` each."""
+    if by_layers(problem, len(chosen)):
+        layers = PerLayer(problem, theta, chosen)
+        along = layers.project(gradient[None])[:, 0].double()
+        size = float(gradient.double().square().sum())
+        squares = layers.squares().double() - 2 * along + size
+        if size < _CANCELS * float(squares.mean()):  # else rounding would be left of the difference
+            return squares.clamp_min(0), along
+    far, inner = [], []
+    for _, rows in gradient_blocks(problem, theta, chosen, "per-sample gradients"):
+        far.append((rows - gradient).square().sum(1).double())
+        inner.append((rows @ gradient).double())
+    return torch.cat(far), torch.cat(inner)
 
 
 def losses_and_slopes(problem: Problem, theta: Tensor, block: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..landscape.curvature import hessian
 from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
 from ..progress import track
-from .gradients import gradient_blocks, sample_index, subsample
+from .gradients import combinations, deviations, sample_index, subsample
 from .statistics import power_law
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def strength(problem: Problem, theta: Any = None, index: Any = None) -> Strength
     theta = problem.as_theta(theta)
     chosen = sample_index(problem, index)
     gradient = problem.gradient(theta, chosen)  # [P]
-    blocks = gradient_blocks(problem, theta, chosen, "noise strength")
-    squares = torch.cat([(rows - gradient).square().sum(1) for _, rows in blocks]).double().cpu().numpy()  # [N]
+    squares = deviations(problem, theta, chosen, gradient)[0].cpu().numpy()  # [N]
     size = float(gradient.square().sum())
     value = float(squares.mean())
     stderr = float(squares.std() / math.sqrt(len(squares)))
@@ -181,17 +180,9 @@ def _moments(
     problem: Problem, theta: Tensor, chosen: Tensor, gradient: Tensor, seed: int
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """|g_i - g|^2 [n], g_i . g [n], and random combinations of the g_i - g that have their covariance, [P, q]."""
-    random = torch.Generator().manual_seed(seed)
-    squares, along = [], []
-    noise = torch.zeros(problem.P, _COMBINATIONS, dtype=problem.dtype, device=problem.device)  # [P, q]
-    for block, rows in gradient_blocks(problem, theta, chosen, "noise scale"):
-        off = rows - gradient  # [b, P]
-        squares.append(off.square().sum(1))
-        along.append(rows @ gradient)
-        signs = 2 * torch.randint(0, 2, (len(block), _COMBINATIONS), generator=random) - 1
-        noise += off.T @ signs.to(off.device, off.dtype)
-    noise = noise / math.sqrt(len(chosen))
-    return torch.cat(squares).double().cpu().numpy(), torch.cat(along).double().cpu().numpy(), noise
+    squares, along = deviations(problem, theta, chosen, gradient)
+    noise = combinations(problem, theta, chosen, _COMBINATIONS, seed)  # [P, q]
+    return squares.cpu().numpy(), along.cpu().numpy(), noise
 
 
 def _pairs(noise: Tensor) -> tuple[float, float]:
