@@ -13,6 +13,7 @@ from .dimension import EffectiveDimension, SubspaceOverlap, effective_dimension,
 from .estimators import Diagonal, Estimate, SpectralDensity, diagonal, spectral_density, trace, trace_of_square
 from .flatness import Flatness, LossProfile, flatness, loss_along
 from .operators import MatrixOperator, Operator, as_operator
+from .parts import positions, projected, shifted, sub_block
 from .spectrum import Eigenpairs, all_eigenpairs, eigenpairs
 
 __all__ = [
@@ -37,7 +38,11 @@ __all__ = [
     "gauss_newton",
     "hessian",
     "loss_along",
+    "positions",
+    "projected",
+    "shifted",
     "spectral_density",
+    "sub_block",
     "subspace_overlap",
     "trace",
     "trace_of_square",
