@@ -35,10 +35,10 @@ def test_a_stopped_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.one, self.two = nn.Conv1d(3, 4, 1), nn.Linear(4, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            h = torch.tanh(self.one(x))
+            h = torch.tanh(self.one(x[:, :, None])).flatten(1)
             return self.two(h * h.detach())
 
     monkeypatch.setattr(engine, "_WORTH", 0)
@@ -51,14 +51,18 @@ def test_a_stopped_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_control_flow_on_the_data_goes_the_reverse_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Branch(nn.Linear):
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 2, 1)
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = super().forward(x)
+            out = self.conv(x[:, :, None]).flatten(1)
             return out.square() if len(x) == 1 and bool(x.sum() > 0) else torch.where(x.sum(1, True) > 0, out**2, out)
 
     monkeypatch.setattr(engine, "_WORTH", 0)
     torch.manual_seed(0)
-    problem = tg.Problem(Branch(3, 2), nn.MSELoss(), (torch.randn(9, 3), torch.randn(9, 2)), chunk_size=1)
+    problem = tg.Problem(Branch(), nn.MSELoss(), (torch.randn(9, 3), torch.randn(9, 2)), chunk_size=1)
     H = hessian(problem)
     torch.testing.assert_close(H.dense(), hessian(problem, method="reverse").dense())
     assert H.method == "reverse"
@@ -122,3 +126,10 @@ def test_linearise_refuses_what_it_cannot_do() -> None:
         linearise(lambda x: (x * float(x.sum()),), torch.ones(3))
     constant = linearise(lambda x: (torch.ones_like(x),), torch.ones(3))
     assert float(constant(torch.eye(3)).abs().max()) == 0
+
+
+def test_the_linearised_way_is_for_large_problems_with_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not engine.worth_tracing(make("cnn-maxpool").problem(), 14)
+    monkeypatch.setattr(engine, "_WORTH", 0)
+    assert engine.worth_tracing(make("cnn-maxpool").problem(), 14)
+    assert not engine.worth_tracing(make("mlp-mse").problem(), 14)

@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..problem import Problem
@@ -32,8 +32,14 @@ _verdicts: WeakKeyDictionary[Problem, dict[str, bool]] = WeakKeyDictionary()
 
 
 def worth_tracing(problem: Problem, samples: int) -> bool:
-    """Whether the linearised way is likely to be faster: not for small problems, nor for plain functions."""
-    return problem.model is not None and samples * max(problem.P, _saved(problem)) >= _WORTH
+    """Whether the linearised way is faster: for convolutions, whose second derivatives torch is slow at.
+
+    Networks of matrix products alone take the same time either way, and the reverse way needs no tracing
+    (benchmarks/README.md).
+    """
+    if problem.model is None or samples * max(problem.P, _saved(problem)) < _WORTH:
+        return False
+    return any(isinstance(module, nn.modules.conv._ConvNd) for module in problem.model.modules())
 
 
 def free_memory(device: torch.device) -> int:
