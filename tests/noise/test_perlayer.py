@@ -354,3 +354,16 @@ def test_a_large_common_gradient_leaves_the_strength_accurate(monkeypatch: pytes
     model = nn.Linear(3, 1, bias=False).double()
     problem = tg.Problem(model, lambda f, t: f.sum(), (X, torch.zeros(20, 1)))
     assert tg.noise.strength(problem).value == pytest.approx(float(torch.cov(X.T, correction=0).trace()), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["cnn-maxpool", "transformer", "mlp-mse", "weights-by-hand"])
+def test_spectra_of_decoupling_do_not_depend_on_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from thermograd.noise import gradients as ways
+
+    problem = problem_of(name)
+    plain = tg.noise.decoupling(problem, k=6)
+    monkeypatch.setattr(ways, "_LARGE", 0)
+    other = tg.noise.decoupling(problem, k=6)
+    np.testing.assert_allclose(other.eigenvalues, plain.eigenvalues, rtol=1e-9, atol=1e-12 * plain.trace)
+    np.testing.assert_allclose(other.decoupled_eigenvalues, plain.decoupled_eigenvalues, rtol=1e-9)
+    assert other.ratio == pytest.approx(plain.ratio, rel=1e-12)

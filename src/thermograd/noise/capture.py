@@ -43,7 +43,7 @@ class Use:
 
 
 def capture(
-    problem: Problem, theta: Tensor, index: Tensor, weights: Tensor | None = None
+    problem: Problem, theta: Tensor, index: Tensor, weights: Tensor | None = None, readout: Tensor | None = None
 ) -> tuple[list[Use], Tensor, dict[str, Tensor]]:
     """Forward and backward once: the uses of theta's parameters with their signals, and the sample losses ``[b]``.
 
@@ -51,6 +51,7 @@ def capture(
         problem: a problem built from a model.
         theta: weights ``[P]``.
         index: the samples.
+        readout: ``[K]``; when given, this combination of the outputs stands in for the loss.
         weights: ``[b]``; when given, also the gradient of the sum of sample losses with these weights.
 
     Returns:
@@ -61,7 +62,10 @@ def capture(
     with problem._function.context():
         with _Recorder(named) as recorder:
             outputs = problem._function.outputs(named, inputs)
-        losses = problem._function.output_losses(outputs, targets)
+        if readout is None:
+            losses = problem._function.output_losses(outputs, targets)
+        else:
+            losses = outputs.flatten(1) @ readout
         problem._refuse_non_finite(losses.detach(), index)
         uses = recorder.uses
         if not losses.requires_grad or not uses:

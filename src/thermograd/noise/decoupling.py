@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
 from ..progress import bar
-from .gradients import subsample
+from .gradients import by_layers, subsample
+from .perlayer import PerLayer
 from .statistics import bootstrap_weights, correlation
 
 if TYPE_CHECKING:
@@ -100,17 +101,21 @@ def decoupling(
     if n is None:
         n = max(16, min(_STREAM // (outputs * problem.P), _MOMENTS // outputs**2))
     chosen = subsample(problem, index, n, seed)
-    few = subsample(problem, chosen, max(16, min(_GRAM // outputs, _NUMBERS // (outputs * problem.P))), seed)
+    held = _NUMBERS // (outputs * problem.P)
+    few = subsample(problem, chosen, max(16, min(_GRAM // outputs, held)), seed)
     kept = torch.isin(chosen, few)  # [n] those of the spectra
     losses, slopes = _output_gradients(problem, theta, chosen)  # [n], [n, K]
     second = slopes.T @ slopes / len(chosen)  # R [K, K]
     if not float(second.abs().max()) > 0:
         raise InputError("the loss does not depend on the outputs", expected="some output gradient that is not zero")
     root = _root(second)
+    spectra = _by_layers(problem, theta, few, root, k)
     rows, decoupled, inner = [], [], []
     width = max(1, min(problem.gradient_chunk // outputs, len(chosen)))
     for part, jacobian in _jacobians(problem, theta, chosen, width):  # J [b, K, P]
         inner.append(jacobian @ jacobian.mT)
+        if spectra is not None:
+            continue
         r, some = slopes[part][kept[part]], jacobian[kept[part]]
         rows.append(torch.einsum("bk,bkp->bp", r, some))
         decoupled.append(torch.einsum("jk,bkp->bjp", root, some).flatten(0, 1))
@@ -122,8 +127,9 @@ def decoupling(
     spread = _ratios(output, M, weights)[0]
     sizes, sample_losses = np.trace(M, axis1=1, axis2=2), losses.double().cpu().numpy()
     pearson = correlation(sample_losses, sizes)
-    values = _spectrum(torch.cat(rows), len(few), k)
-    other = _spectrum(torch.cat(decoupled), len(few), k)
+    if spectra is None:
+        spectra = _spectrum(torch.cat(rows), len(few), k), _spectrum(torch.cat(decoupled), len(few), k)
+    values, other = spectra
     return Decoupling(
         ratio=float(ratios[0]),
         stderr=float(spread.std(ddof=1)),
@@ -214,6 +220,40 @@ def _correlation_error(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> flo
     size = (weights @ x**2 - mean_x**2) * (weights @ y**2 - mean_y**2)
     good = size > 0
     return float((cov[good] / np.sqrt(size[good])).std(ddof=1)) if good.sum() > 1 else 0.0
+
+
+def _by_layers(
+    problem: Problem, theta: Tensor, few: Tensor, root: Tensor, k: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both spectra from inner products made layer by layer, for networks too large to hold their output gradients.
+
+    The rows of the decoupled matrix are gradients of the combinations R^(1/2) f of the outputs. None where a
+    parameter has no rule for its layer, or the gradients are few enough to be held.
+    """
+    outputs, count = len(root), len(few)
+    if not by_layers(problem, count * outputs):
+        return None
+    own = PerLayer(problem, theta, few)
+    readouts = [PerLayer(problem, theta, few, readout) for readout in root]
+    if not all(layers.complete and layers.block_size >= count for layers in (own, *readouts)):
+        return None
+    everyone = torch.arange(count)
+    factors = [layers.factors(everyone) for layers in readouts]
+    gram = torch.zeros(outputs, count, outputs, count, dtype=problem.dtype, device=problem.device)
+    with bar("inner products of output gradients", outputs * (outputs + 1) // 2) as progress:
+        for i in range(outputs):
+            for j in range(i + 1):
+                for one, other in zip(factors[i], factors[j]):
+                    gram[i, :, j] += one.gram(other)
+                gram[j, :, i] = gram[i, :, j].T
+                progress.advance()
+    size = outputs * count
+    return _largest(own.gram(), count, k), _largest(gram.view(size, size), count, k)
+
+
+def _largest(gram: Tensor, count: int, k: int) -> np.ndarray:
+    values = torch.linalg.eigvalsh(gram).flip(0)[:k].clamp_min(0) / count
+    return values.double().cpu().numpy()
 
 
 def _spectrum(rows: Tensor, count: int, k: int) -> np.ndarray:

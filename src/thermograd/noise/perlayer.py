@@ -61,9 +61,11 @@ class PerLayer:
         problem: the problem.
         theta: weights ``[P]``; default: where the model stands now.
         index: the samples; default all N.
+        readout: ``[K]``; when given, gradients of this combination of each sample's outputs instead of its loss.
     """
 
-    def __init__(self, problem: Problem, theta: Any = None, index: Any = None):
+    def __init__(self, problem: Problem, theta: Any = None, index: Any = None, readout: Tensor | None = None):
+        self.readout = readout
         self.problem, self.theta = problem, problem.as_theta(theta).clone()
         self.index = torch.cat(problem._blocks(index))
         self.places: dict[str, slice] = {}
@@ -89,7 +91,7 @@ class PerLayer:
         u = torch.randn(len(probe), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         u = u.to(self.problem.device, self.problem.dtype)
         try:
-            uses, _, weighted = capture(self.problem, self.theta, probe, u)
+            uses, _, weighted = capture(self.problem, self.theta, probe, u, self.readout)
         except ThermogradError:
             raise
         except Exception:  # a model may do what a recording of its calls does not survive
@@ -170,6 +172,11 @@ class PerLayer:
                     wrong.append(name)
         return wrong
 
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter has a rule, so that no gradient is formed sample by sample."""
+        return all(entry.form != "mapped" for entry in self.plan)
+
     # ------------------------------------------------------------------ blocks of samples
 
     def _numbers(self, entry: _Entry) -> int:
@@ -204,7 +211,7 @@ class PerLayer:
         room = {i: self._room(entry, len(chosen)) for i, entry in enumerate(self.plan)}
         start = 0
         for part in chosen.split(step):
-            uses = capture(self.problem, self.theta, part)[0] if recorded else []
+            uses = capture(self.problem, self.theta, part, readout=self.readout)[0] if recorded else []
             if recorded and uses and [use.kind for use in uses] != self._kinds:
                 uses = self._give_up()
                 return self.factors(positions)
