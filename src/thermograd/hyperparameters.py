@@ -115,8 +115,9 @@ class SGD:
             )
         if groups[0].get("maximize"):
             raise HyperparameterError("the optimizer maximises", expected="maximize=False")
-        numbers = {name: bool(v) if name == "nesterov" else float(v) for name, v in first.items()}
-        return cls(**numbers, batch_size=batch_size, dataset_size=dataset_size, sampling=sampling)
+        numbers = {name: float(v) for name, v in first.items() if name != "nesterov"}
+        nesterov = bool(first["nesterov"])
+        return cls(**numbers, nesterov=nesterov, batch_size=batch_size, dataset_size=dataset_size, sampling=sampling)
 
     def replace(self, **changes: Any) -> SGD:
         """A copy with some hyperparameters changed."""

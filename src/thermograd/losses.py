@@ -113,7 +113,7 @@ def _elementwise(loss: nn.Module, outputs: Tensor, targets: Any) -> PerSampleLos
     if not isinstance(targets, Tensor) or outputs.shape != targets.shape:
         raise _shape_mismatch(name, outputs, targets)
     reduce_sum = loss.reduction == "batchmean"
-    loss.reduction = "none"
+    setattr(loss, "reduction", "none")  # noqa: B010 (modules declare no such attribute)
 
     def losses(outputs: Tensor, targets: Tensor) -> Tensor:
         elements = loss(outputs, targets.to(outputs.dtype)).reshape(len(outputs), -1)
@@ -211,9 +211,10 @@ def _generic(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> PerSamp
             raise _coupled(name, outputs, targets)
         return lambda o, t: loss(o, t).reshape(len(o))
     if whole is not None and whole.numel() == 1 and _all_scalar(of_one):
-        if _close(whole.reshape(1), [torch.stack([v.reshape(()) for v in of_one]).mean()]):
+        if _close(whole.reshape(1), [torch.stack([v.reshape(()) for v in of_one if v is not None]).mean()]):
             return _mapped(lambda o, t: loss(o[None], _row(t, None)).reshape(()), outputs, targets)
-        if _all_scalar(single) and _close(whole.reshape(1), [torch.stack([v.reshape(()) for v in single]).sum()]):
+        apart = [v.reshape(()) for v in single if v is not None]
+        if _all_scalar(single) and _close(whole.reshape(1), [torch.stack(apart).sum()]):
             # a function written for one sample, which on a batch happens to give the sum
             return _mapped(lambda o, t: loss(o, t).reshape(()), outputs, targets)
         raise _coupled(name, outputs, targets)

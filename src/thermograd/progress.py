@@ -7,7 +7,7 @@ stays quiet and logs stay clean.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TypeVar
@@ -19,6 +19,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -57,7 +58,7 @@ class bar(AbstractContextManager["bar"]):
         self.description, self.total, self.done = description, total, 0
         self._started = time.monotonic()
         self._progress: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
 
     def advance(self, steps: int = 1, description: str | None = None) -> None:
         """Count ``steps`` more as done; optionally change the text."""
@@ -98,7 +99,7 @@ def track(iterable: Iterable[_T], description: str, total: int | None = None) ->
     >>> sum(track(range(4), "adding"))
     6
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with bar(description, total) as progress:
         for item in iterable:
