@@ -20,7 +20,7 @@ from .hyperparameters import Sampling
 from .losses import PerSampleLoss, per_sample_loss
 from .samples import Samples, as_index
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "refuse_coupling"]
 
 _CHUNK_BYTES = 2**28  # what the saved activations of one chunk, or one block of per-sample gradients, may take
 
@@ -442,7 +442,7 @@ class Problem:
 class _Function(Protocol):
     """What a problem evaluates: a model with a loss, or a plain function of the weights."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
     device: torch.device
     model: nn.Module | None
@@ -468,7 +468,7 @@ class _ModelFunction:
         if isinstance(source, nn.parallel.DistributedDataParallel | nn.DataParallel):
             source = source.module
         self._source = source
-        _refuse_coupling(source)
+        refuse_coupling(source)
         chosen = _select(source, params)
         self._chosen = chosen
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
@@ -629,7 +629,12 @@ def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _refuse_coupling(model: nn.Module) -> None:
+def refuse_coupling(model: nn.Module) -> None:
+    """Refuse a model some layer of which, as it stands, couples samples or is random.
+
+    Raises:
+        ModelError: batch normalisation or dropout in train mode; the layer is named.
+    """
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):

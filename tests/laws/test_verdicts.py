@@ -1,18 +1,22 @@
 """Verdicts: what an interval and a band say, and what each law says of problems that obey or violate it."""
 
 import math
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
 import thermograd as tg
 from thermograd.errors import InputError, NonFiniteError, StoreError
 from thermograd.laws import LawSheet, Measured, catalogue, find, judge
+from thermograd.laws.evidence import Evidence
 from thermograd.laws.law import Assumption
+from thermograd.theory import sampling
 
 numbers = st.floats(-1e6, 1e6)
 
@@ -157,6 +161,54 @@ def test_a_run_that_moves_away_is_not_stationary(tmp_path):
     assert sheet["fluctuation_dissipation"].verdict != "holds"
 
 
+def test_steady_drift_is_neither_memory_nor_noise(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    h = torch.tensor([1.0, 0.4, 1e-4], dtype=torch.float64)
+    a = torch.randn(200, 3, generator=generator, dtype=torch.float64) * torch.tensor([0.1, 0.1, 1000.0])
+    a = a - a.mean(0)
+    theta = torch.tensor([0.0, 0.0, 400.0], dtype=torch.float64, requires_grad=True)  # relaxes over 50 000 steps
+    problem = tg.Problem.from_function(lambda w, x: 0.5 * ((w - x) * h * (w - x)).sum(), theta, a)
+    optimizer = torch.optim.SGD([theta], lr=0.1, momentum=0.5)
+    with tg.Recorder(tmp_path, problem, optimizer, batch_size=10, sampling="replacement"):
+        for _ in range(4000):
+            theta.grad = h * (theta.detach() - a[torch.randint(0, 200, (10,), generator=generator)].mean(0))
+            optimizer.step()
+    evidence = Evidence(tmp_path, problem, window=slice(None))
+    predicted = sampling.velocity_variance(evidence.sgd, evidence.curvature, evidence.noise)
+    plain = np.mean(evidence.velocities_along**2, axis=0)
+    assert plain[2] / predicted[2] > 4  # the drift dominates the steps of the flat mode
+    np.testing.assert_allclose(evidence.velocity_variances.mean(0) / predicted, 1, atol=0.15)
+    drift = np.mean((1e-4 * tg.open_run(tmp_path)["trajectory/theta"].values[:, 2] / (1 - 0.5)) ** 2)
+    assert evidence.drift_share == pytest.approx(drift / evidence.squared_speed.mean(), rel=0.1)
+    assert tg.check(tmp_path, problem, laws="velocity_variance", window=slice(None)).verdicts == {
+        "velocity_variance": "not in its regime"
+    }
+
+
+def test_a_layer_among_others_is_measured_where_the_others_stand(tmp_path):
+    torch.manual_seed(0)
+    X, y = torch.randn(200, 4), torch.randint(0, 3, (200,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=20, shuffle=True)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    problem = tg.Problem(model, nn.CrossEntropyLoss(), loader, params="2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tg.Recorder(tmp_path, problem, optimizer):
+        for _ in range(30):
+            for x, t in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), t).backward()
+                optimizer.step()
+    evidence = Evidence(tmp_path, problem)
+    assert evidence.others_trained
+    np.testing.assert_array_equal(evidence.near.steps, np.arange(281, 301))  # two epochs of ten steps
+    np.testing.assert_allclose(evidence.centre, tg.open_run(tmp_path)["trajectory/theta"][-20:].mean("step"), rtol=1e-5)
+    assert "not recorded" in tg.check(tmp_path, problem, laws="noise_alignment").facts["other weights"]
+    alone = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    with tg.Recorder(tmp_path / "alone", problem, alone):
+        pass
+    assert not tg.open_run(tmp_path / "alone")["trajectory"].attrs["others_trained"]
+
+
 def test_adam_and_unknown_batches_are_outside_the_theory(tmp_path):
     torch.manual_seed(0)
     X, y = torch.randn(40, 3), torch.randn(40, 1)
@@ -172,6 +224,22 @@ def test_adam_and_unknown_batches_are_outside_the_theory(tmp_path):
     assert sheet["weight_variance"].verdict == "not in its regime"
     assert "Adam" in sheet["weight_variance"].note
     assert sheet["curvature_stability"].verdict == "not in its regime"
+    text = str(sheet)
+    assert "needs SGD (the optimizer is Adam)" in text  # the reason stands below the table, once
+    assert text.count("the optimizer is Adam") == 1
+    assert repr(sheet) == text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_sheet_fits_the_terminal(aligned, width):
+    sheet = tg.check(aligned.path, aligned.problem, laws=["fluctuation_dissipation", "variance_flatness"], save=False)
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(sheet)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert ("quantity" in text) == (width >= 100)
+    assert ("Fluctuation-dissipation" in text) == (width >= 80)  # words stay whole where they can
 
 
 def test_the_sheet_is_kept_in_the_run_and_comes_back_equal(aligned):

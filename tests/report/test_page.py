@@ -168,7 +168,7 @@ def test_missing_numbers_are_dashes(html: str) -> None:
 def test_numbers_are_those_of_the_comparison(html: str, sheet: LawSheet) -> None:
     page = Page(html)
     c = sheet["toy_variance"]
-    assert f"{c.low:.4g} to {c.high:.4g}" in page.text("law-toy-variance")
+    assert f"{c.low:.3f} to {c.high:.3f}" in page.text("law-toy-variance")
     assert "1 ± 0.2" in page.text("law-toy-variance")
     assert "≤ 1.5" in page.text("law-toy-bounded")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -174,7 +175,10 @@ def test_refusals(tmp_path):
         tg.Recorder(tmp_path, problem, optimizer, every=0)
     with tg.Recorder(tmp_path, problem, optimizer):
         train(model, optimizer, 2, batches())
-        with pytest.raises(StoreError, match="is being recorded"), tg.Recorder(tmp_path, problem, optimizer):
+        with (
+            pytest.raises(StoreError, match="another recorder of this process"),
+            tg.Recorder(tmp_path, problem, optimizer),
+        ):
             pass
     with pytest.raises(StoreError, match="already holds"), tg.Recorder(tmp_path, problem, optimizer, resume=False):
         pass
@@ -183,6 +187,24 @@ def test_refusals(tmp_path):
     with tg.Recorder(tmp_path, problem, optimizer, every=2, overwrite=True):
         train(model, optimizer, 2, batches())
     assert tg.open_run(tmp_path)["trajectory"].sizes["step"] == 1
+
+
+def test_training_in_another_mode_than_the_problem_is_said(tmp_path):
+    X, y = data()
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
+    problem = tg.Problem(model, nn.MSELoss(), (X, y))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with tg.Recorder(tmp_path / "eval", problem, optimizer):
+            train(model, optimizer, 2, batches())
+    model.train()
+    with tg.Recorder(tmp_path / "train", problem, optimizer):
+        with pytest.warns(ThermogradWarning, match="BatchNorm1d in train mode.*keep the model in eval mode"):
+            train(model, optimizer, 1, batches())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, optimizer, 1, batches())
 
 
 @pytest.mark.parametrize("scheme", ["replacement", "reshuffle", "shuffle-once"])

@@ -37,8 +37,8 @@ class AnomalousDiffusion(Law):
     )
     sentences: ClassVar = {
         "holds": "How fast the weights wander off is what curvature and noise predict: diffusion, not drift.",
-        "fails": "The weights wander off at another rate than stationary noise allows; the note says whether drift is "
-        "the reason.",
+        "fails": "The weights wander off at another rate than curvature and noise predict; whether that takes drift, "
+        "or noise alone could do it, stands below.",
         "undecided": "The record is too short to fix how fast the weights wander off.",
         "not in its regime": "The prediction needs plain SGD near a stable minimum, recorded at every step.",
     }

@@ -112,6 +112,7 @@ def facts(evidence: Evidence) -> dict[str, Any]:
     return {
         **_names(problem),
         "weights": problem.P,
+        **({"other weights": "trained too, not recorded; held as at the end"} if evidence.others_trained else {}),
         "samples": problem.N,
         "steps looked at": f"{evidence.steps[0]} to {evidence.steps[-1]} ({len(evidence.steps)} recorded)",
         "optimizer": evidence.optimizer,

@@ -35,9 +35,11 @@ _GRADIENT_SAMPLES = 4096  # more samples than this are subsampled where every sa
 class Evidence:
     """Measurements of one run that several laws share, each made on first use.
 
-    The point at which landscape and noise are measured is the mean of the recorded weights. Variances of the path
-    are taken in windows of whole epochs, with a straight line removed from each: a slow drift then does not count
-    as a fluctuation, and the windows give the error bars.
+    The point at which landscape and noise are measured is the mean of the recorded weights. Where only a part of the
+    trained weights was recorded, the problem holds the others as they stand at the end, so that point and noise are
+    then taken from the last two epochs alone. Variances of the path are taken in windows of whole epochs, with a
+    straight line removed from each: a slow drift then does not count as a fluctuation, and the windows give the error
+    bars.
 
     Args:
         run: a run's folder or its open tree.
@@ -73,6 +75,7 @@ class Evidence:
         if "trajectory" not in self.run.children:
             raise StoreError("the run has no recorded trajectory", remedy="record one with thermograd.Recorder")
         self.attrs = self.run["trajectory"].attrs
+        self.others_trained = bool(self.attrs.get("others_trained", False))
         whole = select(self.run, window, minimum=2)
         if whole.P != problem.P:
             raise InputError(
@@ -165,9 +168,16 @@ class Evidence:
         return len(self.steps) // self.window
 
     @cached_property
+    def near(self) -> Selection:
+        """The rows at which landscape and noise are measured: all, or the last two epochs where others moved too."""
+        if not self.others_trained:
+            return self.path
+        return self.path.rows(max(0, self.path.T - 2 * (self.path.rows_per_epoch or 50)), self.path.T)
+
+    @cached_property
     def centre(self) -> torch.Tensor:
         """Mean of the recorded weights, [P]: the point where landscape and noise are measured."""
-        return self.problem.as_theta(self.path.mean())
+        return self.problem.as_theta(self.near.mean())
 
     def velocity_blocks(self) -> Iterator[tuple[int, Array]]:
         """All recorded velocities in order, as (number of the first row, velocities [b, P])."""
@@ -228,8 +238,26 @@ class Evidence:
 
     @cached_property
     def velocity_variances(self) -> Array:
-        """Mean squared velocity along each mode in each window, [windows, k]."""
-        return np.mean(self.in_windows(self.velocities_along) ** 2, axis=1)
+        """Variance of the velocity along each mode in each window, [windows, k].
+
+        The square of a steady drift is taken off as the product of the mean velocity of a window and those of its
+        neighbours, whose noise is independent: subtracting the square of its own would take off noise too.
+        """
+        cut = self.in_windows(self.velocities_along)
+        square, mean = np.mean(cut**2, axis=1), cut.mean(1)
+        if len(mean) < 2:
+            return square
+        beside = np.concatenate([mean[1:2], (mean[:-2] + mean[2:]) / 2, mean[-2:-1]])
+        return np.maximum(square - mean * beside, 1e-9 * square)
+
+    @cached_property
+    def drift_share(self) -> float:
+        """Part of the mean squared velocity of all weights that is a steady drift, from neighbouring windows."""
+        rows = np.linspace(len(self.steps) - self.windows * self.window, len(self.steps) - 1, self.windows + 1)
+        rows = rows.round().astype(int)
+        weights = np.concatenate([self.path.read(row, row + 1) for row in rows])  # [windows + 1, P]
+        mean = np.diff(weights, axis=0) / (self.sgd.lr * np.diff(rows)[:, None])
+        return float(np.einsum("wp,wp->w", mean[:-1], mean[1:]).mean() / self.squared_speed.mean())
 
     @cached_property
     def resamples(self) -> NDArray[np.int64]:
@@ -316,9 +344,9 @@ class Evidence:
     @cached_property
     def points(self) -> torch.Tensor:
         """Recorded weights at evenly spaced times, at which the noise is measured, [m, P]."""
-        count = min(self.noise_points, len(self.steps))
-        rows = np.unique(np.linspace(0, len(self.steps) - 1, count + 2).round().astype(int)[1:-1])
-        return torch.as_tensor(np.concatenate([self.path.read(row, row + 1) for row in rows]))
+        count = min(self.noise_points, self.near.T)
+        rows = np.unique(np.linspace(0, self.near.T - 1, count + 2).round().astype(int)[1:-1])
+        return torch.as_tensor(np.concatenate([self.near.read(row, row + 1) for row in rows]))
 
     @cached_property
     def _noise_at_points(self) -> tuple[Array, Array]:
@@ -357,12 +385,12 @@ class Evidence:
         from .. import noise
 
         half = max(1, round(self.sgd.steps_per_epoch / 2))
-        count = min(self.noise_points, max(1, (len(self.steps) - half) // half))
-        rows = np.linspace(0, len(self.steps) - 1 - half, count).round().astype(int)
+        count = min(self.noise_points, max(1, (self.near.T - half) // half))
+        rows = np.linspace(0, self.near.T - 1 - half, count).round().astype(int)
         shares = []
         for row in track(rows, "noise that changes within an epoch"):
             first, second = (
-                noise.projections(self.problem, self.vectors, self.path.read(r, r + 1)[0], self.samples).cpu().numpy()
+                noise.projections(self.problem, self.vectors, self.near.read(r, r + 1)[0], self.samples).cpu().numpy()
                 for r in (row, row + half)
             )
             shares.append((first - second).var(0) / (first.var(0) + second.var(0)))
@@ -393,12 +421,15 @@ def settled_row(evidence: Evidence, path: Selection) -> int:
     if len(rows) < 8:
         return 0
     problem = evidence.problem
-    losses = np.array(
-        [
-            float(problem.loss(path.read(row, row + 1)[0], evidence.samples))
-            for row in track(rows, "where the loss settles")
-        ]
-    )
+    if evidence.others_trained and path.loss is not None:  # the full loss would mix early and late weights
+        losses = np.array([np.nanmean(part) for part in np.array_split(path.loss, len(rows))])
+    else:
+        losses = np.array(
+            [
+                float(problem.loss(path.read(row, row + 1)[0], evidence.samples))
+                for row in track(rows, "where the loss settles")
+            ]
+        )
     for quarter in range(3):
         left = losses[quarter * len(losses) // 4 :]
         first, second = left[: len(left) // 2].mean(), left[len(left) // 2 :].mean()

@@ -220,6 +220,10 @@ def draw(ax: Axes, details: Mapping[str, Any], xlabel: str, ylabel: str, line: s
     x, y = np.asarray(details["x"], float), np.asarray(details["measured_y"], float)
     order = np.argsort(x)
     shown = (x > 0) & (y > 0)
+    if not shown.any():
+        raise NotAvailableError(
+            "there is nothing to draw: no point is positive in both coordinates, as logarithmic axes need"
+        )
     if "measured_error" in details:
         error = np.asarray(details["measured_error"], float)
         reach = np.vstack([np.minimum(error, 0.999 * np.abs(y)), error])[:, shown]  # keep bars off zero on a log axis

@@ -35,8 +35,8 @@ class NoiseAlignment(Law):
         "The curvature is that of the loss without weight decay; modes of non-positive curvature are left out.",
     )
     sentences: ClassVar = {
-        "holds": "The minibatch noise shakes the weights most where the loss is steepest, in proportion to the "
-        "curvature, as the theory assumes.",
+        "holds": "The minibatch noise shakes the weights most along the directions in which the loss curves most, in "
+        "proportion to the curvature, as the theory assumes.",
         "fails": "The noise is not proportional to the curvature here, so formulas that put the Hessian in place of "
         "the noise covariance will mislead.",
         "undecided": "The noise may or may not be proportional to the curvature: too few modes, or too scattered.",

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.markup import escape
+from rich.padding import Padding
 
 from ..errors import InputError, StoreError
 from .law import Assumption, Comparison
@@ -17,16 +19,18 @@ from .law import Assumption, Comparison
 if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 __all__ = ["LawSheet"]
 
 _STYLE = {"holds": "green", "fails": "red", "not in its regime": "yellow", "undecided": "cyan"}
+_WIDE = 100  # columns of a terminal from which the quantity has a column of its own
 _EDGE = 3.2  # of the common axis, in tolerances
 _MARK = {"holds": "✓", "fails": "✗", "not in its regime": "–", "undecided": "?"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LawSheet:
     """The comparisons of one run, in the order of the catalogue.
 
@@ -68,24 +72,41 @@ class LawSheet:
         """Law name to verdict."""
         return {c.law: c.verdict for c in self.comparisons}
 
-    def table(self) -> Table:
-        """The sheet as a rich table."""
+    def table(self, quantity: bool = True) -> Table:
+        """The sheet as a rich table, with or without the column that names the compared quantity."""
         from rich.table import Table
 
-        table = Table(title="Law sheet", title_justify="left", expand=False)
+        table = Table(
+            title="Law sheet",
+            title_justify="left",
+            caption="± measured: one standard error; ± predicted: how far off the law may be",
+            caption_justify="left",
+            expand=False,
+        )
         table.add_column("law", overflow="fold")
-        table.add_column("quantity", overflow="fold")
+        if quantity:
+            table.add_column("quantity", overflow="fold")
         table.add_column("measured", justify="right", no_wrap=True)
         table.add_column("predicted", justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
+        table.add_column("verdict")
         for c in self.comparisons:
             law = c.definition
             mark = f"[{_STYLE[c.verdict]}]{_MARK[c.verdict]} {c.verdict}[/]"
-            table.add_row(law.title, law.quantity, number(c.measured, c.stderr), expected(c), mark)
+            middle = [law.quantity] if quantity else []
+            table.add_row(law.title, *middle, number(c.measured, c.stderr), expected(c), mark)
         return table
 
-    def __rich__(self) -> Table:
-        return self.table()
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table(quantity=options.max_width >= _WIDE)
+        why: dict[str, list[str]] = {}
+        for c in self.comparisons:
+            if c.verdict == "not in its regime" and c.note:
+                reason = next((_why(a) for a in c.assumptions if not a.met), c.note)
+                why.setdefault(reason, []).append(c.definition.title)
+        for reason, titles in why.items():
+            yield Padding(
+                f"[yellow]–[/] {escape(', '.join(titles))}: [dim]{escape(reason.rstrip('.'))}.[/]", (0, 0, 0, 1)
+            )
 
     def __str__(self) -> str:
         from io import StringIO
@@ -93,9 +114,11 @@ class LawSheet:
         from rich.console import Console
 
         console = Console(file=StringIO(), width=118)
-        console.print(self.table())
+        console.print(self)
         output: StringIO = console.file  # type: ignore[assignment]
         return output.getvalue().rstrip()
+
+    __repr__ = __str__  # in a notebook the last expression of a cell is shown by its repr
 
     def to_xarray(self) -> xarray.Dataset:
         """The sheet with one entry a law: measured, predicted, stderr, low, high, verdict, note."""
@@ -189,8 +212,16 @@ def expected(comparison: Comparison) -> str:
     if comparison.definition.kind == "bound":
         return f"≤ {comparison.predicted:.3g}"
     half = (comparison.band[1] - comparison.band[0]) / 2
-    text = f"{comparison.predicted:.3g} ± {half:.2g}" if math.isfinite(half) else f"{comparison.predicted:.3g}"
+    if not (math.isfinite(half) and 1e-4 < half < 1e4):
+        text = f"{comparison.predicted:.3g}" + (f" ± {half:.2g}" if math.isfinite(half) else "")
+    else:  # digits as far as the allowed deviation gives them a meaning
+        rounded = round(comparison.predicted, max(0, 1 - math.floor(math.log10(half)))) + 0.0
+        text = f"{rounded:.6g} ± {half:.2g}"
     return text.replace("-", "−")
+
+
+def _why(unmet: Assumption) -> str:
+    return unmet.name + (f" ({unmet.detail})" if unmet.detail else "")
 
 
 def _scale(c: Comparison) -> tuple[float, float]:

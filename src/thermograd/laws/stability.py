@@ -71,7 +71,7 @@ class DimensionBound(Law):
     ylabel = "n = Tr H²/h_max²"
     caveats = (
         "Rests on noise proportional to the loss (see that law).",
-        "n counts unequal eigenvalues by Tr H²/h_max²; the participation ratio and the entropy, also in the note, "
+        "n counts unequal eigenvalues by Tr H²/h_max²; the participation ratio and the entropy, also given, "
         "over-count.",
     )
     sentences: ClassVar = {

@@ -30,19 +30,26 @@ class VelocityVariance(Law):
     xlabel = "curvature hᵢ"
     ylabel = "velocity variance per mode"
     caveats = (
-        "The drift of a run that still moves adds to the measured side; it is a small part of a single step.",
+        "The drift of a run that still moves adds to the measured side; how much stands with the assumptions.",
         "Weights whose curvature is not decomposed enter the prediction as flat directions.",
     )
     sentences: ClassVar = {
         "holds": "The size of a single step is what the gradient noise and the hyperparameters predict.",
         "fails": "Single steps are not as large as the gradient noise predicts: the noise changes along the path, or "
         "is not what the batches suggest.",
-        "undecided": "The run is too short to tell whether steps are as large as predicted.",
-        "not in its regime": "The prediction needs plain SGD near a stable minimum with known batches.",
+        "undecided": "The run is too short, or the noise varies too much along it, to tell whether steps are as large "
+        "as predicted.",
+        "not in its regime": "The prediction needs plain SGD near a stable minimum with known batches, and weights "
+        "that do not drift.",
     }
 
     def assumptions(self, evidence: Evidence) -> list[Assumption]:
-        return mode_assumptions(evidence)
+        checks = mode_assumptions(evidence)
+        if all(c.met for c in checks):
+            share = evidence.drift_share
+            detail = f"{max(0.0, 100 * share):.2g}% of the squared length of a step"
+            checks.append(Assumption("drift is a small part of a step", share < self.tolerance / 2, detail))
+        return checks
 
     def measure(self, evidence: Evidence) -> Measured:
         # velocities forget within a few steps, so that blocks much shorter than the windows are independent

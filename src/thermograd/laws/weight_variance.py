@@ -40,7 +40,7 @@ class WeightVariance(Law):
     sentences: ClassVar = {
         "holds": "How much the weights jitter in each direction is what the theory says, without any fitted number.",
         "fails": "The weights jitter by another amount than the theory of additive noise near a quadratic minimum "
-        "says; the note says in which modes.",
+        "says; how much so in most modes stands below.",
         "undecided": "The run is too short to tell whether the weights jitter as predicted.",
         "not in its regime": "The theory needs plain SGD near a stable minimum with known batches, which this run "
         "does not give.",
@@ -91,9 +91,18 @@ def weight_dependence(evidence: Evidence) -> str:
     added = sampling.weight_variance_window(free, evidence.curvature, evidence.noise * share, evidence.window, "linear")
     ratio = float(np.median((kept + added)[plain > 0] / plain[plain > 0]))
     return (
-        f"Of the noise, {100 * np.median(share):.1g}% (median) changes within half an epoch and does not cancel over "
-        f"it; that alone would put the ratio at {ratio:.2f}."
+        f"Of the noise, {_percent(float(np.median(share)))} (median) changes within half an epoch and does not cancel "
+        f"over it; that alone would put the ratio at {ratio:.2f}."
     )
+
+
+def _percent(share: float) -> str:
+    """A part in percent, never in powers of ten.
+
+    >>> _percent(0.2), _percent(0.0321), _percent(9e-6)
+    ('20%', '3%', 'less than 0.1%')
+    """
+    return "less than 0.1%" if share < 1e-3 else f"{100 * share:.1f}%" if share < 0.01 else f"{100 * share:.0f}%"
 
 
 def ratio_over_modes(evidence: Evidence, windows: np.ndarray, predicted: np.ndarray, symbol: str) -> Measured:

@@ -298,9 +298,15 @@ def _figure(comparison: Comparison, prefix: str, label: str) -> Figure:
 
 
 def _interval(comparison: Comparison) -> str:
-    if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
+    low, high = comparison.low, comparison.high
+    if not (math.isfinite(low) and math.isfinite(high)):
         return "–"
-    return f"{comparison.low:.4g} to {comparison.high:.4g}"
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        return "none: the number has no statistical error"
+    digits = 1 - math.floor(math.log10(high - low))
+    if not -5 < digits <= 6:
+        return f"{low:.4g} to {high:.4g}".replace("-", "−")
+    return f"{low:.{max(0, digits)}f} to {high:.{max(0, digits)}f}".replace("-", "−")
 
 
 def _strip(comparison: Comparison) -> Strip | None:
@@ -310,8 +316,9 @@ def _strip(comparison: Comparison) -> Strip | None:
     if math.isfinite(low) and math.isfinite(high):
         middle, half = (low + high) / 2, (high - low) / 2
         centre = comparison.predicted
-    elif math.isfinite(high):  # a bound: zero in the middle, the bound one half-width to the right
-        middle, half, centre = 0.0, abs(high), None
+    elif math.isfinite(high):  # a bound: zero at the left edge, the bound where that of a band would be
+        half = abs(high) / (1 + (Strip.WIDTH / 2 - 5) / Strip.HALF)
+        middle, centre = high - half, None
     else:
         return None
     numbers = (comparison.measured, comparison.low, comparison.high)

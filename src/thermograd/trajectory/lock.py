@@ -37,7 +37,7 @@ class WriterLock:
     >>> WriterLock(path)
     Traceback (most recent call last):
     ...
-    thermograd.errors.StoreError: ... is being recorded into by process ...
+    thermograd.errors.StoreError: ... is being recorded into by another recorder of this process...
     >>> lock.release()
     """
 
@@ -59,10 +59,14 @@ class WriterLock:
         _held_here.add(self.path)
 
     def _refusal(self, owner: str) -> StoreError:
+        here = owner == str(os.getpid())
         return StoreError(
-            f"{self.path.parent} is being recorded into by process {owner or 'unknown'}",
+            f"{self.path.parent} is being recorded into by "
+            + ("another recorder of this process" if here else f"process {owner or 'unknown'}"),
             expected="one recorder a run",
-            remedy="wait for that process to end, or record into another folder",
+            remedy="leave the `with` block of that recorder first (in a notebook: restart the kernel)"
+            if here
+            else "wait for that process to end, or record into another folder",
         )
 
     def release(self) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, StoreError, ThermogradWarning
+from ..errors import InputError, ModelError, StoreError, ThermogradWarning
 from ..hyperparameters import SGD, Sampling
+from ..problem import refuse_coupling
 from .backward import BackwardListener
 from .resume import digest, find_start, refuse_other_recording
 from .sampling_facts import SamplingFacts
@@ -194,9 +195,16 @@ class Recorder(AbstractContextManager["Recorder"]):
             "every": self.every,
             "velocity": self.velocity,
             "optimizer": type(self.optimizer).__name__,
+            "others_trained": self._trains_others(),
             "diverged_at": None,
             **self._sampling.attrs(self.optimizer, None),
         }
+
+    def _trains_others(self) -> bool:
+        """Whether the optimizer also moves weights that are not recorded."""
+        recorded = {id(p) for p in self._parameters.values()}
+        every = (p for group in self.optimizer.param_groups for p in group["params"])
+        return any(p.requires_grad and id(p) not in recorded for p in every)
 
     # ------------------------------------------------------------------ the step hooks
 
@@ -273,6 +281,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Just before the first step: find where in the recorded trajectory training stands."""
         store = self._opened()
         theta = _to_numpy(self._weights())
+        self._warn_of_another_mode()
         start = find_start(store, theta, self._start_step)
         if store.rows == 0:
             store.set_initial(theta)
@@ -282,6 +291,20 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._start_step = None
         if start.gap:
             warnings.warn(start.gap, ThermogradWarning, stacklevel=2)
+
+    def _warn_of_another_mode(self) -> None:
+        """Say so when training runs with batch statistics or dropout that the problem leaves out."""
+        if self.problem.model is None:
+            return
+        try:
+            refuse_coupling(self.problem.model)
+        except ModelError as error:
+            message = (
+                f"training is not of the problem that was given: {error.what}. The path is recorded all the same, but "
+                "landscape and noise will be measured with the model in eval mode, which training does not see. "
+                "To study that dynamics, keep the model in eval mode while it trains (no model.train() in the loop)."
+            )
+            warnings.warn(message, ThermogradWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """What to put into a checkpoint, so that recording resumes from it. Writes what is pending."""
