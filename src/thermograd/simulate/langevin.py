@@ -24,6 +24,8 @@ from .source import Simulator, kernel, recorder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from .torch_path import TorchPotential
+
 __all__ = ["Noise", "Trajectories", "check_equation", "langevin", "langevin_simulator", "precision", "start_points"]
 
 Noise = float | Callable[..., Any]
@@ -240,7 +242,7 @@ def langevin_simulator(
 
 
 def langevin(
-    potential: str | Potential,
+    potential: str | Potential | TorchPotential,
     noise: Noise,
     *,
     start: ArrayLike,
@@ -253,13 +255,14 @@ def langevin(
     scheme: Scheme = "euler",
     dtype: DTypeLike = "float64",
     threads: int | None = None,
+    device: Any = None,
 ) -> Trajectories:
     r"""Replicas of :math:`dx=-\nabla L\,dt+\sqrt{2D(x)}\,dW`.
 
     Euler-Maruyama (the Ito reading, what SGD is) or stochastic Heun (the Stratonovich reading).
 
     Args:
-        potential: a name from ``POTENTIALS`` or a :class:`Potential`.
+        potential: a name from ``POTENTIALS``, a :class:`Potential`, or a ``TorchPotential`` (then all runs in torch).
         noise: D, a number, a function of x [d] that numba can compile, or a function (x, out) that fills ``out`` [d]
             with a diffusion for each coordinate.
         start: first position, a number, [d] or [R, d].
@@ -272,6 +275,7 @@ def langevin(
         scheme: "euler" or "heun".
         dtype: "float64", or "float32" for about three times the speed; normal numbers then end at 6.7 deviations.
         threads: at most this many; the numbers do not depend on it.
+        device: where a ``TorchPotential`` is evaluated.
 
     Returns:
         ``.time`` [T] and ``.position`` [R, T, d]. After Ctrl-C the finished replicas, and ``.partial`` is True.
@@ -284,6 +288,13 @@ def langevin(
     >>> langevin("double-well", 0.1, start=[1.0], dt=0.01, steps=100, replicas=3, record_every=50).position.shape
     (3, 3, 1)
     """
+    if not isinstance(potential, str | Potential):
+        from .torch_path import langevin_torch
+
+        return langevin_torch(
+            potential, noise, start=start, dt=dt, steps=steps, replicas=replicas, seed=seed, record_every=record_every,
+            burn_in=burn_in, scheme=scheme, device=device, dtype=precision(dtype),
+        )  # fmt: skip
     check_counts(steps=steps, replicas=replicas, record_every=record_every, seed=seed, burn_in=burn_in)
     landscape, points, kind = Potential.named(potential), start_points(start, replicas), precision(dtype)
     check_equation(landscape, noise, dt, points)

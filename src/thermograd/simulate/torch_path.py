@@ -24,7 +24,7 @@ from ..theory.arrays import Array, finite
 from .blocks import check_counts, check_finite
 from .ensemble import Ensemble
 from .estimators import FirstPassage, summary
-from .langevin import Trajectories, start_points
+from .langevin import Trajectories, precision, start_points
 from .minibatch import spread_out
 
 __all__ = ["TorchPotential", "first_passage_torch", "langevin_torch", "linear_regression_torch"]
@@ -122,6 +122,10 @@ def _moved(potential: TorchPotential, noise: TorchNoise, x: Tensor, dt: float, s
     return x - 0.5 * dt * (slope + potential.gradient(ahead)) + 0.5 * (size + _spread(noise, ahead, dt)) * kick
 
 
+def _kind(dtype: str | torch.dtype) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, precision(dtype))
+
+
 def _prepared(
     potential: TorchPotential, noise: TorchNoise, start: ArrayLike, dt: float, replicas: int, scheme: str, device: Any,
     dtype: torch.dtype,
@@ -132,6 +136,10 @@ def _prepared(
         raise DataError(f"dt is {dt}", expected="a time step > 0")
     if not callable(noise) and not float(finite(noise, "noise")) >= 0:
         raise DataError(f"the noise is {noise}", expected="a diffusion constant >= 0, or a function")
+    if not isinstance(potential, TorchPotential):
+        raise DataError(
+            f"the potential is a {type(potential).__name__}", expected="a name, Potential or TorchPotential"
+        )
     x = torch.as_tensor(start_points(start, replicas).copy(), device=device or "cpu").to(dtype)
     for values, name in ((potential.value(x), "potential"), (potential.gradient(x), "gradient")):
         if not bool(torch.isfinite(values).all()):
@@ -154,7 +162,7 @@ def langevin_torch(
     burn_in: int = 0,
     scheme: str = "euler",
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: str | torch.dtype = torch.float64,
 ) -> Trajectories:
     """:func:`thermograd.simulate.langevin` in torch, all replicas at once on one device.
 
@@ -185,6 +193,7 @@ def langevin_torch(
     (3, 3, 1)
     """
     check_counts(steps=steps, replicas=replicas, record_every=record_every, burn_in=burn_in, seed=seed)
+    dtype = _kind(dtype)
     x = _prepared(potential, noise, start, dt, replicas, scheme, device, dtype)
     words, rows, partial = _Words(seed, replicas, x.device, dtype), [], False
     total, began = burn_in + record_every * (steps // record_every), time.monotonic()
@@ -221,7 +230,7 @@ def first_passage_torch(
     observable: str | Callable[[Tensor], Tensor] = "position",
     scheme: str = "euler",
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: str | torch.dtype = torch.float64,
 ) -> FirstPassage:
     """:func:`thermograd.simulate.first_passage` in torch; replicas that are done are dropped from the arrays.
 
@@ -242,6 +251,7 @@ def first_passage_torch(
     from .first_passage import _levels
 
     check_counts(max_steps=max_steps, replicas=replicas, seed=seed)
+    dtype = _kind(dtype)
     x = _prepared(potential, noise, start, dt, replicas, scheme, device, dtype)
     named = {"position": lambda x: x[:, 0], "loss": potential.value}
     observe = observable if callable(observable) else named.get(observable)
