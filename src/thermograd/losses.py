@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .errors import DataError, LossError, OutputMismatchError
+from .errors import DataError, LossError, NonFiniteError, OutputMismatchError
 
 __all__ = ["half_squared_error", "half_squared_error_one_hot", "per_sample_loss"]
 
@@ -78,7 +78,7 @@ def per_sample_loss(loss: Any, outputs: Tensor, targets: Any, all_targets: Any) 
     if isinstance(loss, _CLASSIFICATION):
         return _classification(loss, outputs, targets, all_targets)
     if isinstance(loss, _ELEMENTWISE):
-        return _elementwise(loss, outputs, targets)
+        return _elementwise(loss, outputs, targets, all_targets)
     return _generic(loss, outputs, targets)
 
 
@@ -107,11 +107,13 @@ def _shape_mismatch(name: str, outputs: Tensor, targets: Any) -> OutputMismatchE
     )
 
 
-def _elementwise(loss: nn.Module, outputs: Tensor, targets: Any) -> PerSampleLoss:
+def _elementwise(loss: nn.Module, outputs: Tensor, targets: Any, all_targets: Any) -> PerSampleLoss:
     """Losses that are a mean over all elements: the per-sample loss is the mean over a sample's elements."""
     name = type(loss).__name__
     if not isinstance(targets, Tensor) or outputs.shape != targets.shape:
         raise _shape_mismatch(name, outputs, targets)
+    if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
+        _refuse_outside(all_targets, 0.0, 1.0, name, "encode the two classes as 0 and 1 (not as -1 and 1, or 1 and 2)")
     reduce_sum = loss.reduction == "batchmean"
     setattr(loss, "reduction", "none")  # noqa: B010 (modules declare no such attribute)
 
@@ -144,6 +146,7 @@ def _classification(loss: Any, outputs: Tensor, targets: Any, all_targets: Any) 
     if targets.is_floating_point():
         if targets.shape != outputs.shape:
             raise _shape_mismatch(f"{name} with class probabilities", outputs, targets)
+        _refuse_outside(all_targets, 0.0, 1.0, name, "pass class indices (integers), or probabilities of the classes")
         positions = max(1, outputs[0, 0].numel())
     else:
         if targets.shape != outputs.shape[:1] + outputs.shape[2:]:
@@ -163,6 +166,19 @@ def _classification(loss: Any, outputs: Tensor, targets: Any, all_targets: Any) 
     return losses
 
 
+def _refuse_outside(targets: Tensor, low: float, high: float, name: str, remedy: str) -> None:
+    """Refuse targets that are no probabilities, which torch takes without complaint and makes no loss of."""
+    wrong = (targets < low - 1e-6) | (targets > high + 1e-6)
+    if bool(wrong.any()):
+        where = int(wrong.reshape(len(targets), -1).any(1).nonzero()[0])
+        raise DataError(
+            f"target {float(targets[wrong].flatten()[0]):.6g} of sample {where} is out of range "
+            f"({int(wrong.sum())} such targets)",
+            expected=f"targets from {low:g} to {high:g}, as {name} takes them for probabilities",
+            remedy=remedy,
+        )
+
+
 def _total_weight(loss: Any, labels: Tensor, classes: int) -> float:
     """Sum of the class weights of all labels that count, after checking that every label is a class."""
     counted = labels != loss.ignore_index
@@ -176,7 +192,11 @@ def _total_weight(loss: Any, labels: Tensor, classes: int) -> float:
             remedy="renumber the classes from 0 or give the model more outputs",
         )
     if not bool(counted.any()):
-        raise DataError("every label is ignored by the loss", expected="at least one label that counts")
+        raise DataError(
+            "every label is ignored by the loss",
+            expected="at least one label that counts",
+            remedy=f"check the labels: {loss.ignore_index} (ignore_index) marks those that do not count",
+        )
     kept = labels[counted].long()
     return float(len(kept) if loss.weight is None else loss.weight[kept.to(loss.weight.device)].sum())
 
@@ -201,9 +221,15 @@ def _generic(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> PerSamp
     name = getattr(loss, "__name__", type(loss).__name__)
     with _ReductionWatch() as watch:
         whole, batch_error = _attempt(loss, outputs, targets)
-    if watch.found is not None:
-        raise _bad_reduction(name, watch.found)
+    if whole is not None and not bool(torch.isfinite(whole).all()):
+        raise NonFiniteError(
+            f"the loss {name} of the first samples at the current weights is not finite",
+            expected="a finite loss",
+            remedy="check the weights, the data and the loss's domain",
+        )
     count = len(outputs)
+    if watch.found is not None and count == 1:  # where sum and mean cannot be told apart
+        raise _bad_reduction(name, watch.found)
     of_one = [_attempt(loss, outputs[i : i + 1], _row(targets, slice(i, i + 1)))[0] for i in range(count)]
     single = [_attempt(loss, outputs[i], _row(targets, i))[0] for i in range(count)]
     if whole is not None and whole.numel() == count and whole.ndim in (1, 2) and count > 1 and _all_scalar(of_one):
@@ -213,8 +239,12 @@ def _generic(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> PerSamp
     if whole is not None and whole.numel() == 1 and _all_scalar(of_one):
         if _close(whole.reshape(1), [torch.stack([v.reshape(()) for v in of_one if v is not None]).mean()]):
             return _mapped(lambda o, t: loss(o[None], _row(t, None)).reshape(()), outputs, targets)
+        if watch.found is not None:
+            raise _bad_reduction(name, watch.found)
         apart = [v.reshape(()) for v in single if v is not None]
         if _all_scalar(single) and _close(whole.reshape(1), [torch.stack(apart).sum()]):
+            if isinstance(loss, nn.Module):  # called on batches in the training loop, where it sums
+                raise _bad_reduction(name, "sum")
             # a function written for one sample, which on a batch happens to give the sum
             return _mapped(lambda o, t: loss(o, t).reshape(()), outputs, targets)
         raise _coupled(name, outputs, targets)
@@ -225,6 +255,7 @@ def _generic(loss: Callable[..., Any], outputs: Tensor, targets: Any) -> PerSamp
     raise LossError(
         f"the loss {name} returns shape {tuple(whole.shape) if whole is not None else None} for {count} samples",
         expected="a scalar for one sample, the mean for a batch, or one loss a sample",
+        remedy="average over the outputs of a sample, for example loss.flatten(1).mean(1)",
     )
 
 

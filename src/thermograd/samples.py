@@ -16,6 +16,9 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
     default_collate,
 )
 
@@ -55,7 +58,7 @@ class Samples:
             DataError: the data are empty, not finite, not repeatable, or of unequal length.
         """
         if isinstance(data, DataLoader):
-            inputs, targets = _pair(_from_dataset(data.dataset, data.collate_fn))
+            inputs, targets = _pair(_from_dataset(_drawn_from(data), data.collate_fn))
             samples = cls(inputs, targets, _batch_size(data), _sampling(data), _drop_last(data))
         elif isinstance(data, Dataset):
             samples = cls(*_pair(_from_dataset(data, default_collate)))
@@ -89,17 +92,26 @@ class Samples:
     def check(self) -> None:
         """Refuse empty, unequal or non-finite data."""
         if not self.leaves:
-            raise DataError("the data hold no tensor", expected="X of shape [N, ...] and y of shape [N, ...]")
+            raise DataError(
+                "the data hold no tensor",
+                expected="X of shape [N, ...] and y of shape [N, ...]",
+                remedy="pass arrays or tensors",
+            )
         if any(leaf.ndim == 0 for leaf in self.leaves):
-            raise DataError("a data tensor has no sample dimension", expected="tensors of shape [N, ...]")
+            raise DataError(
+                "a data tensor has no sample dimension",
+                expected="tensors of shape [N, ...]",
+                remedy="let the first dimension number the samples; a single sample has N = 1",
+            )
         lengths = {len(leaf) for leaf in self.leaves}
         if len(lengths) > 1:
             raise DataError(
                 f"the data tensors have {' and '.join(map(str, sorted(lengths)))} rows",
                 expected="the same number of samples in inputs and targets",
+                remedy="check how inputs and targets were split or filtered",
             )
         if lengths == {0}:
-            raise DataError("the data are empty", expected="at least one sample")
+            raise _empty("the data are empty")
         parts = [("input", self.inputs)] + ([("target", self.targets)] if self.targets is not None else [])
         for name, tree in parts:
             for leaf in tree_flatten(tree)[0]:
@@ -148,13 +160,21 @@ def _check_finite(leaf: Tensor, name: str) -> None:
         )
 
 
+def _empty(what: str) -> DataError:
+    return DataError(
+        what, expected="at least one sample", remedy="check the path, the split and the filter of the data"
+    )
+
+
 def _as_tensors(tree: Any) -> Any:
     def convert(leaf: Any) -> Tensor:
         try:
             return torch.as_tensor(leaf).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"a {type(leaf).__name__} in the data is not an array ({error})", expected="tensors or numpy arrays"
+                f"a {type(leaf).__name__} in the data is not an array ({error})",
+                expected="tensors or numpy arrays of numbers",
+                remedy="encode texts and categories as numbers",
             ) from error
 
     if isinstance(tree, list):  # a list of numbers or rows is one array, not a tree
@@ -178,7 +198,7 @@ def _from_dataset(dataset: Any, collate: Any) -> Any:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return _collate_blocks(list(dataset), collate)
     if len(dataset) == 0:
-        raise DataError("the data set is empty", expected="at least one sample")
+        raise _empty("the data set is empty")
     _check_repeatable(dataset, collate)
     return _collate_blocks((dataset[i] for i in track(range(len(dataset)), "reading the data set")), collate)
 
@@ -189,23 +209,36 @@ def _collate_blocks(items: Iterable[Any], collate: Any, size: int = 4096) -> Any
     for item in items:
         pending.append(item)
         if len(pending) == size:
-            blocks.append(collate(pending))
+            blocks.append(_collated(pending, collate))
             pending = []
     if pending:
-        blocks.append(collate(pending))
+        blocks.append(_collated(pending, collate))
     if not blocks:
-        raise DataError("the data set is empty", expected="at least one sample")
+        raise _empty("the data set is empty")
     try:
         return tree_map(lambda *leaves: torch.cat(leaves), *blocks)
-    except (RuntimeError, TypeError) as error:
-        raise DataError(
-            f"the samples cannot be stacked into one tensor ({error})", expected="samples of one shape"
-        ) from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _unequal(error) from error
+
+
+def _collated(items: list[Any], collate: Any) -> Any:
+    try:
+        return collate(items)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _unequal(error) from error
+
+
+def _unequal(error: Exception) -> DataError:
+    return DataError(
+        f"the samples cannot be stacked into one tensor ({error})",
+        expected="samples of one shape",
+        remedy="pad or crop them to one shape, or give the DataLoader a collate_fn that does",
+    )
 
 
 def _check_repeatable(dataset: Any, collate: Any) -> None:
     indices = sorted({0, len(dataset) // 2, len(dataset) - 1})
-    first, second = (tree_flatten(collate([dataset[i] for i in indices]))[0] for _ in range(2))
+    first, second = (tree_flatten(_collated([dataset[i] for i in indices], collate))[0] for _ in range(2))
     same = len(first) == len(second) and all(
         a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
         for a, b in zip(first, second)
@@ -230,13 +263,37 @@ def _drop_last(loader: DataLoader[Any]) -> bool:
     return bool(loader.drop_last or getattr(loader.batch_sampler, "drop_last", False))
 
 
+def _sampler(loader: DataLoader[Any]) -> Any:
+    return loader.batch_sampler.sampler if type(loader.batch_sampler) is BatchSampler else loader.sampler
+
+
+def _drawn_from(loader: DataLoader[Any]) -> Any:
+    """The samples that the loader draws from, which may be a part of its data set.
+
+    Raises:
+        DataError: some are drawn more often than others, so that the loss is no plain mean.
+    """
+    sampler = _sampler(loader)
+    if isinstance(sampler, WeightedRandomSampler) and float(sampler.weights.max() - sampler.weights.min()) > 0:
+        raise DataError(
+            "the data loader draws some samples more often than others (WeightedRandomSampler)",
+            expected="a loader that draws every sample equally often, so that the loss is the mean over the samples",
+            remedy="pass loader.dataset to measure the plain mean, or put the weights into the loss",
+        )
+    if isinstance(sampler, SubsetRandomSampler):
+        return Subset(loader.dataset, sorted({int(i) for i in sampler.indices}))
+    return loader.dataset
+
+
 def _sampling(loader: DataLoader[Any]) -> Sampling | None:
     """The loader's sampling scheme, or None when its sampler is not one of torch's plain ones."""
-    sampler: Any = loader.sampler
-    if type(loader.batch_sampler) is BatchSampler:
-        sampler = loader.batch_sampler.sampler
+    sampler = _sampler(loader)
     if type(sampler) is RandomSampler:
         return "replacement" if sampler.replacement else "reshuffle"
+    if type(sampler) is SubsetRandomSampler:
+        return "reshuffle"
+    if type(sampler) is WeightedRandomSampler and sampler.replacement:
+        return "replacement"
     if type(sampler) is SequentialSampler:
         return "shuffle-once"
     return None

@@ -65,7 +65,7 @@ def capture(
         if readout is None:
             losses = problem._function.output_losses(outputs, targets)
         else:
-            losses = outputs.flatten(1) @ readout
+            losses = outputs.reshape(len(outputs), -1) @ readout
         problem._refuse_non_finite(losses.detach(), index)
         uses = recorder.uses
         if not losses.requires_grad or not uses:

@@ -156,7 +156,7 @@ def _output_gradients(problem: Problem, theta: Tensor, chosen: Tensor) -> tuple[
         problem._refuse_non_finite(part.detach(), block)
         (slope,) = torch.autograd.grad(part.sum(), outputs, materialize_grads=True)
         losses.append(part.detach())
-        slopes.append(slope.flatten(1))
+        slopes.append(slope.reshape(len(block), -1))
     return torch.cat(losses), torch.cat(slopes)
 
 
