@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -43,7 +44,7 @@ _settings = {"debug": False}
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.")]
-Laws = Annotated[list[str] | None, typer.Option("--law", help="Check this law only; may be repeated.")]
+Laws = Annotated[list[str] | None, typer.Option("--law", metavar="LAW", help="Check this law only; may be repeated.")]
 
 
 def _explained(command: Callable[..., None]) -> Callable[..., None]:
@@ -102,9 +103,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")] = False,
 ) -> None:
     _settings["debug"] = debug
 
@@ -114,7 +115,7 @@ def _options(
 def demo(
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of weights and minibatches: same seed, same numbers.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, with wider error bars.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", metavar="", help="A shorter run, with wider error bars.")] = False,
 ) -> None:
     """Train a network on handwritten digits, check every law, write a report."""
     _say("[bold]thermograd demo[/]: a small network on 1500 handwritten digits, trained until it fluctuates")
@@ -124,7 +125,9 @@ def demo(
     config = configuration.load(_DEMO).replace("run", seed=seed)
     if quick:
         config = config.replace("training", burn_in_steps=1000, steps=3000)
-    _run(config, out_folder, overwrite=_is_other_demo(out_folder, config), again=f"thermograd demo --out {out_folder}")
+    _run(
+        config, out_folder, overwrite=_is_other_demo(out_folder, config), again=f"{_program()} demo --out {out_folder}"
+    )
 
 
 @app.command(epilog="Example: thermograd run examples/fashion_mnist_mlp.toml --out runs/fashion")
@@ -132,7 +135,9 @@ def demo(
 def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration in TOML.")],
     out_folder: Out = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Start anew in a folder that holds a run.")
+    ] = False,
 ) -> None:
     """Train and record what CONFIG says, then check the laws.
 
@@ -142,7 +147,7 @@ def run(
 
     settings = configuration.load(config)
     folder = out_folder or Path(settings.run.out or "runs/run")
-    again = f"thermograd run {config}" + (f" --out {out_folder}" if out_folder else "")
+    again = f"{_program()} run {config}" + (f" --out {out_folder}" if out_folder else "")
     _run(settings, folder, overwrite=overwrite, again=again)
 
 
@@ -199,6 +204,12 @@ def laws(
 # ---------------------------------------------------------------------- what the commands share
 
 
+def _program() -> str:
+    """How to call this program again: by its path when the shell would not find it (``make demo``)."""
+    called = sys.argv[0]
+    return called if Path(called).name == "thermograd" and shutil.which("thermograd") is None else "thermograd"
+
+
 def _say(text: str) -> None:
     out.print(text, highlight=False, soft_wrap=True)
 
@@ -227,7 +238,7 @@ def _run(config: Config, folder: Path, *, overwrite: bool, again: str) -> None:
 
 
 def _again(folder: Path) -> str:
-    return f"thermograd check {folder}"
+    return f"{_program()} check {folder}"
 
 
 def _check(config: Config, folder: Path, problem: Any) -> None:

@@ -300,7 +300,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any], source: str) -> 
     where = f" ({meaning})" if meaning else ""
     return ConfigError(
         f"{key} is {_short(fault['input'])} in {source}{more}",
-        expected=f"{message.replace('a valid ', 'a ')}{where}{guess}",
+        expected=f"{message.replace('a valid integer', 'an integer').replace('a valid ', 'a ')}{where}{guess}",
     )
 
 

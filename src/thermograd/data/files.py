@@ -45,10 +45,11 @@ def absent(
     why = "" if folder.is_dir() else f" (there is no folder {folder.absolute()})"
     hint = "the folder passed" if chosen else f"where {_VARIABLE} points, or data/ in the current folder without it"
     fetch = f"; or pass download=True to fetch it from {url}" if url else ""
+    way = f"give another folder, or none and set {_VARIABLE}," if chosen else f"pass folder=..., or set {_VARIABLE},"
     return DataError(
         f"{title} is not there{why}; looked for {' or '.join(names)} in {where}",
         expected=f"the files of {title} in or below {folder.absolute()}, which is {hint}",
-        remedy=f"pass folder=..., or set {_VARIABLE}, to the folder that holds the files{fetch}",
+        remedy=f"{way} to the folder that holds the files{fetch}",
     )
 
 
