@@ -16,7 +16,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "bits", "bits_to_float", "fma", "lane_array", "read_flag", "take", "transposed_rows"]
+__all__ = [
+    "LANES",
+    "bits",
+    "bits_to_float",
+    "fma",
+    "lane_array",
+    "read_flag",
+    "take",
+    "transposed_rows",
+    "whole_vectors",
+]
 
 LANES = 16  # replicas in lockstep; a whole number of vectors of 4 or 8 numbers
 ROW = 8  # rows and columns of one transposed block
@@ -81,6 +91,18 @@ def lane_array(typingctx: Any, like: Any, size: Any) -> Any:
         return made._getvalue()
 
     return array(like, size), generate
+
+
+@intrinsic
+def whole_vectors(typingctx: Any) -> Any:
+    """Let the calling function use vectors of 512 bits where there are any; compilers stop at 256 by default."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # a set that admits only the attributes llvmlite knows by name, unless added to as a plain set
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

@@ -145,4 +145,5 @@ def sgd_simulator(kind: str, d: int, dtype: str, scheme: str, *, correlated: boo
         prepare="\n".join(prepare),
         watched="value",
         dtype=dtype,
+        whole_vectors=not drawn,  # rows are transposed in blocks of eight; a wider load of them would have to wait
     )

@@ -39,6 +39,7 @@ ZERO, ONE, INFINITY = F(0), F(1), F(np.inf)
 U32 = np.uint32
 {imports}
 '''
+_WORDS = ("s0", "s1", "s2", "s3")  # the generator's state
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,23 @@ class Simulator:
     dtype: str = "float64"
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     imports: str = ""  # in place of functions, where the kernel can be kept on disk
-    seeded: bool = True
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The generator's words, one array each."""
-        return ("s0", "s1", "s2", "s3") if self.seeded else ()
+    whole_vectors: bool = True  # use 512 bits where there are any
 
 
 def _arrays(simulator: Simulator) -> str:
     lines = [f"{name} = lane_array(ZERO, {LANES})" for name in simulator.floats]
     lines += [f"{name} = lane_array(np.int64(0), {LANES})" for name in simulator.whole]
-    lines += [f"{name} = lane_array(U32(0), {LANES})" for name in simulator.words]
+    lines += [f"{name} = lane_array(U32(0), {LANES})" for name in _WORDS]
     return "\n".join(lines)
 
 
 def _begin(simulator: Simulator) -> str:
-    seed = "s0[l], s1[l], s2[l], s3[l] = lane_seed(seed, r)\n" if simulator.seeded else ""
-    return seed + simulator.begin
+    return "s0[l], s1[l], s2[l], s3[l] = lane_seed(seed, r)\n" + simulator.begin
 
 
-def _function(name: str, arguments: tuple[str, ...], body: str) -> str:
-    return f"\ndef {name}({', '.join(arguments)}):\n{indent(body, '    ')}\n"
+def _function(simulator: Simulator, arguments: tuple[str, ...], body: str) -> str:
+    vectors = "whole_vectors()\n" if simulator.whole_vectors else ""
+    return f"\ndef run({', '.join(arguments)}):\n{indent(vectors + body, '    ')}\n"
 
 
 def recorder(simulator: Simulator, recorded: tuple[tuple[str, ...], ...]) -> str:
@@ -116,7 +112,7 @@ while True:
     tally[1] += min({LANES}, replicas - first)
 """
     arguments = ("rows", "burn_in", "every", "seed", "replicas", "counter", "stop", "tally", "done")
-    return _function("run", (*arguments, *outputs, *simulator.arguments), body)
+    return _function(simulator, (*arguments, *outputs, *simulator.arguments), body)
 
 
 def passage(simulator: Simulator, *, bounded: bool = False) -> str:
@@ -132,7 +128,7 @@ def passage(simulator: Simulator, *, bounded: bool = False) -> str:
         "\n".join(line.replace("WATCH", part) for part in watch) if "WATCH" in line else line
         for line in simulator.step.split("\n")
     )
-    swaps = (*simulator.floats, *simulator.whole, *simulator.words, "ahead", "who", "born", "got")
+    swaps = (*simulator.floats, *simulator.whole, *_WORDS, "ahead", "who", "born", "got")
     moved = "\n".join(f"{name}[m] = {name}[l]" for name in swaps)
     kept = [*(f"{name}[l]" for name in simulator.floats), "seen"] if bounded else []
     keep = "\n".join(f"final[who[l], {i}] = {name}" for i, name in enumerate(kept)) or "pass"
@@ -208,7 +204,7 @@ for l in range(active):
         lasted[who[l]] = k - born[l]
 """
     arguments = ("levels", "floor", "limit", "seed", "replicas", "counter", "stop", "tally", "arrived", "lasted")
-    return _function("run", (*arguments, *(("final",) if bounded else ()), *simulator.arguments), body)
+    return _function(simulator, (*arguments, *(("final",) if bounded else ()), *simulator.arguments), body)
 
 
 def kernel(simulator: Simulator, source: str) -> Callable[..., None]:
