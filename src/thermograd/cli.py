@@ -158,7 +158,10 @@ def check(
     law: Laws = None,
     modes: Annotated[int | None, typer.Option(min=1, help="Leading Hessian modes to look at.")] = None,
 ) -> None:
-    """Measure a run made by `thermograd run` and hold the laws against it."""
+    """Measure a run made by `thermograd run` and hold the laws against it.
+
+    With --law the answer is shown only: a sheet and a report that the run holds stay as they are.
+    """
     from . import config as configuration
     from .runfolder import CONFIG, rebuild
 
@@ -166,7 +169,7 @@ def check(
     problem = rebuild(path)
     settings = configuration.load(path / CONFIG)
     changes: dict[str, Any] = ({"laws": law} if law else {}) | ({"modes": modes} if modes else {})
-    _check(settings.replace("measure", **changes), path, problem)
+    _check(settings.replace("measure", **changes), path, problem, keep=bool(law) and _has_sheet(path))
 
 
 @app.command(epilog="Example: thermograd report runs/demo")
@@ -241,16 +244,27 @@ def _again(folder: Path) -> str:
     return f"{_program()} check {folder}"
 
 
-def _check(config: Config, folder: Path, problem: Any) -> None:
+def _has_sheet(folder: Path) -> bool:
+    from .laws import LawSheet
+
+    try:
+        LawSheet.load(folder)
+    except StoreError:
+        return False
+    return True
+
+
+def _check(config: Config, folder: Path, problem: Any, *, keep: bool = False) -> None:
     from .laws import check as check_laws
 
     wanted = config.measure
     options = {k: getattr(wanted, k) for k in ("modes", "window_epochs") if getattr(wanted, k) is not None}
-    sheet = check_laws(folder, problem, laws=wanted.laws, seed=wanted.seed, **options)
+    sheet = check_laws(folder, problem, laws=wanted.laws, seed=wanted.seed, save=not keep, **options)
     out.print()
     out.print(sheet)
     out.print()
-    _write_report(sheet, folder / "report.html")
+    if not keep:
+        _write_report(sheet, folder / "report.html")
 
 
 def _write_report(sheet: LawSheet, target: Path) -> None:

@@ -208,7 +208,7 @@ def summary(sheet: LawSheet) -> str:
     if not parts:
         return "No law was checked."
     said = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    return f"Of {len(sheet)} laws, {said}." if len(sheet) != 1 else f"Of one law, {said}."
+    return f"Of {len(sheet)} laws, {said}." if len(sheet) != 1 else f"The law {said[2:]}."
 
 
 def fact_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
