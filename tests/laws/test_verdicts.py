@@ -225,7 +225,7 @@ def test_adam_and_unknown_batches_are_outside_the_theory(tmp_path):
     assert "Adam" in sheet["weight_variance"].note
     assert sheet["curvature_stability"].verdict == "not in its regime"
     text = str(sheet)
-    assert "needs SGD (the optimizer is Adam)" in text  # the reason stands below the table, once
+    assert "needs SGD: no (the optimizer is Adam)" in text  # the reason stands below the table, once
     assert text.count("the optimizer is Adam") == 1
     assert repr(sheet) == text
 

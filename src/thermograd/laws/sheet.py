@@ -221,7 +221,7 @@ def expected(comparison: Comparison) -> str:
 
 
 def _why(unmet: Assumption) -> str:
-    return unmet.name + (f" ({unmet.detail})" if unmet.detail else "")
+    return f"{unmet.name}: no" + (f" ({unmet.detail})" if unmet.detail else "")
 
 
 def _scale(c: Comparison) -> tuple[float, float]:
