@@ -26,6 +26,8 @@ class BackwardListener:
 
     Args:
         heard: called after each backward pass.
+        discarded: asked before each backward pass: whether the gradients of those before it were thrown away, so
+            that they count no more.
 
     >>> import torch
     >>> with BackwardListener() as listener:
@@ -36,8 +38,8 @@ class BackwardListener:
     1.5
     """
 
-    def __init__(self, heard: Callable[[], None] | None = None):
-        self._heard = heard
+    def __init__(self, heard: Callable[[], None] | None = None, discarded: Callable[[], bool] | None = None):
+        self._heard, self._discarded = heard, discarded
         self._pending: dict[int, list[Tensor]] = {}
 
     def __enter__(self) -> BackwardListener:
@@ -57,6 +59,11 @@ class BackwardListener:
             if not _listeners and getattr(torch.autograd.backward, "thermograd_listens", False):
                 torch.autograd.backward = _original  # type: ignore[assignment]
 
+    def before(self) -> None:
+        """A backward pass begins."""
+        if self._discarded is not None and self._discarded():
+            self.take()
+
     def hear(self, scalar: Tensor) -> None:
         """Add a scalar to what this thread's next step used."""
         self._pending.setdefault(threading.get_ident(), []).append(scalar.detach().clone())
@@ -74,8 +81,10 @@ class BackwardListener:
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **keywords: Any) -> Any:
-        result = original(tensors, grad_tensors, *args, **keywords)
         listeners = list(_listeners)
+        for listener in listeners:
+            listener.before()
+        result = original(tensors, grad_tensors, *args, **keywords)
         if listeners:
             scalar = _scalar(tensors, grad_tensors)
             for listener in listeners:

@@ -71,8 +71,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             False: refuse when the run exists.
         overwrite: replace a run that exists.
         sgd: hyperparameters that describe the dynamics, when they are not those of the optimizer.
-        batch_size: samples a step; default: as the problem's DataLoader says, else as observed.
-        sampling: how samples are drawn; default: as the problem's DataLoader says, else as observed.
+        batch_size: samples a step; default: as observed, else as the problem's DataLoader says.
+        sampling: how samples are drawn; default: as the problem's DataLoader says if training is seen to use its
+            batches, else as observed.
         flush_seconds: write what is pending at least this often (checked at each recorded step).
         start_step: steps that training had taken when it begins here; with a checkpoint's step, rows recorded after
             it are dropped and recorded anew.
@@ -120,6 +121,8 @@ class Recorder(AbstractContextManager["Recorder"]):
             raise InputError(f"every is {every}", expected="a whole number of steps >= 1")
         if start_step is not None and start_step < 0:
             raise InputError(f"start_step is {start_step}", expected="a whole number of steps >= 0")
+        if not flush_seconds >= 0:
+            raise InputError(f"flush_seconds is {flush_seconds}", expected="a number of seconds >= 0")
         self.path, self.problem, self.optimizer = Path(path), problem, optimizer
         self.every, self.velocity, self.flush_seconds = int(every), velocity, flush_seconds
         self.step = start_step or 0
@@ -127,7 +130,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._groups = _groups(self._parameters, optimizer)
         self._resume, self._overwrite, self._start_step = resume, overwrite, start_step
         self._sampling = SamplingFacts(problem, sgd, batch_size, sampling)
-        self._listener = BackwardListener(self._sampling.heard_backward)
+        self._listener = BackwardListener(self._sampling.heard_backward, self._discarded)
         self._store: TrajectoryStore | None = None
         self._rows: list[_Row] = []
         self._begun = False
@@ -215,6 +218,13 @@ class Recorder(AbstractContextManager["Recorder"]):
             parts = [part.to(parts[0].device) for part in parts]
         theta = torch.cat(parts)
         return theta if theta.dtype in (torch.float32, torch.float64) else theta.float()
+
+    def _discarded(self) -> bool:
+        """Whether ``zero_grad`` threw away what was backpropagated before, a diagnostic gradient say."""
+        if any(p.grad is not None for p in self._parameters.values()):
+            return False
+        self._sampling.discard()
+        return True
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> tuple[Any, Any] | None:
         if not self._begun:

@@ -59,8 +59,13 @@ class SamplingObserver:
 
     @property
     def batch_size(self) -> int | None:
-        """The most frequent number of samples a step."""
-        return max(set(self._sizes), key=self._sizes.count) if self._sizes else None
+        """The most frequent number of samples a step, the larger of two that are equally frequent."""
+        return max(set(self._sizes), key=lambda size: (self._sizes.count(size), size)) if self._sizes else None
+
+    @property
+    def steps(self) -> int:
+        """How many steps the batch sizes were taken from."""
+        return len(self._sizes)
 
     @property
     def scheme(self) -> Sampling | None:
@@ -91,6 +96,10 @@ class SamplingObserver:
         if self._last is not None:
             self._pending.append(self._last)
             self._last = None
+
+    def discard(self) -> None:
+        """The gradients of the backward passes since the last step were thrown away."""
+        self._pending = []
 
     def end_step(self) -> None:
         """The batches heard since the last step make up one step."""
