@@ -86,6 +86,7 @@ def alignment(
     Raises:
         TooShortError: fewer than three modes of positive curvature and noise.
 
+    >>> import torch
     >>> scale = torch.tensor([1.0, 2.0, 4.0])
     >>> a = torch.tensor([[1.0, 1, 1], [-1, 1, -1], [1, -1, -1], [-1, -1, 1]])
     >>> problem = Problem.from_function(lambda w, a: (scale * (w - a)**2).sum() / 2, torch.zeros(3), a)
