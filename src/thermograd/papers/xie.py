@@ -104,7 +104,7 @@ def fig2(bench: Bench) -> Outcome:
                 rows.append(Row(label, *between_seeds(table[:, i]), len(found), published, decides=decides))
     losses = ", ".join(f"{np.mean([one[f'{name} loss'] for one in found]):.3g} on {name}" for name in sets)
     return Outcome(
-        tuple(rows), tuple(panels), (),
+        tuple(rows), tuple(panels), ("The tolerance of the exponent was set after one seed had been seen.",),
         f"Networks d-10-10-classes on {samples or 'all'} samples, SGD with B = 50 and η = 0.1 down to a loss of "
         f"{losses}; the {modes} largest eigenvalues of the Hessian, of which those between {_LOW:g} and {_HIGH:g} are "
         "used, and the variance of the samples' gradients along their eigenvectors. The paper's sizes and batch are "
