@@ -288,11 +288,13 @@ def child(args: argparse.Namespace) -> None:
             continue
         line: dict[str, Any] = {"library": args.library, "work": args.work[0], "task": task, "threads": args.threads}
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.perf_counter()
         try:
             line["cpu_seconds"], result = seconds(action)
         except Exception as error:  # a peer that cannot do it is reported as such, and does not stop the others
             line["failed"] = f"{type(error).__name__}: {error}"[:300]
         else:
+            line["wall_seconds"] = time.perf_counter() - began
             line["grew_mib"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
             if args.errors:
                 line["error"] = error_of(task, result, model, X, y)
@@ -338,19 +340,19 @@ def scaling() -> None:
 
 
 def report(lines: list[dict[str, Any]], floors: dict[str, float]) -> None:
-    """Print the table, with the ratio of the best peer to us."""
-    ours = {
-        (x["work"], x["task"]): x["cpu_seconds"] for x in lines if x["library"] == "thermograd" and "failed" not in x
-    }
+    """Print the table, with the ratios of the peers to us in CPU and in wall seconds."""
+    ours = {(x["work"], x["task"]): x for x in lines if x["library"] == "thermograd" and "failed" not in x}
     for line in lines:
         text = f"{line['work']:4} {line['task']:11} {line['library']:12}"
         if "failed" in line:
             print(text, line["failed"])
             continue
-        text += f" {line['cpu_seconds']:8.2f} s  error {line.get('error') or float('nan'):.1e}  +{line['grew_mib']} MiB"
+        text += f" {line['cpu_seconds']:8.2f} CPU s {line['wall_seconds']:8.2f} wall s"
+        text += f"  error {line.get('error') or float('nan'):.1e}  +{line['grew_mib']} MiB"
         mine = ours.get((line["work"], line["task"].replace("one by one", "products")))
         if mine and line["library"] != "thermograd":
-            text += f"  {line['cpu_seconds'] / mine:.2f} x ours"
+            text += f"  {line['cpu_seconds'] / mine['cpu_seconds']:.2f} x ours"
+            text += f" ({line['wall_seconds'] / mine['wall_seconds']:.2f} in wall time)"
         print(text)
     for name, value in floors.items():
         print(f"{name}: {value:.3g}")
