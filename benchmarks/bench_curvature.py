@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve()
-TASKS = ("products", "top", "density")
+TASKS = ("products", "top", "density", "gradients")
 LIBRARIES = ("pyhessian", "curvlinops", "eigenthings")
 
 
@@ -146,7 +146,18 @@ def thermograd_tasks(model: nn.Module, X: Tensor, y: Tensor, args: argparse.Name
     def density() -> Any:
         return tg.landscape.spectral_density(tg.landscape.hessian(problem), probes=10, steps=8)
 
-    return {"products": products, "one by one": one_by_one, "top": top, "density": density}
+    def gradients() -> None:
+        """As many gradients as there are products, to say what a product costs in gradients."""
+        for _ in range(args.products):
+            problem.gradient()
+
+    return {
+        "products": products,
+        "one by one": one_by_one,
+        "top": top,
+        "density": density,
+        "gradients": gradients,
+    }
 
 
 def pyhessian_tasks(model: nn.Module, X: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
