@@ -11,7 +11,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, errors, landscape, laws, losses, models, noise, papers, report, simulate, theory, trajectory
+    from . import (
+        continual,
+        data,
+        errors,
+        landscape,
+        laws,
+        losses,
+        models,
+        noise,
+        papers,
+        report,
+        simulate,
+        theory,
+        trajectory,
+    )
     from .hyperparameters import SGD
     from .laws import check
     from .problem import Problem
@@ -31,6 +45,7 @@ __all__ = [
     "Scalars",
     "Sketch",
     "check",
+    "continual",
     "data",
     "errors",
     "landscape",

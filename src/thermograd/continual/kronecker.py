@@ -1,0 +1,130 @@
+r"""A quadratic form on one layer's weight matrix whose directions are outer products: many, for little memory.
+
+.. math:: Q(W) = \tfrac12 \sum_{ij} h_{ij}\,(u_i^\top W v_j - a_{ij})^2
+
+with orthonormal :math:`u_i` over the layer's outputs and :math:`v_j` over its inputs (a bias counts as one more
+input that is always 1). q times r directions take q out + r in + 2 q r numbers, where as many directions of their own
+would take q r out in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .forms import Form, Rate, _refuse, _scattered, _share
+
+__all__ = ["Kronecker", "principal"]
+
+
+@dataclass(frozen=True)
+class Kronecker(Form):
+    """Curvatures along the outer products of two orthonormal bases of a layer.
+
+    The vector that it acts on holds the weight [out, in] row by row, then the bias [out] where there is one. A sum
+    takes as its bases the principal directions of what both forms curve, and keeps of each form the curvature along
+    them; curvature between two of the new directions is left out.
+
+    Args:
+        left: [out, q], orthonormal columns.
+        right: [in (+ 1), r], orthonormal columns.
+        curvature: [q, r].
+        target: [q, r].
+        bias: whether the last row of ``right`` belongs to the bias.
+    """
+
+    left: Tensor
+    right: Tensor
+    curvature: Tensor
+    target: Tensor
+    bias: bool
+
+    def __post_init__(self) -> None:
+        _refuse("a curvature", self.curvature)
+
+    @property
+    def P(self) -> int:  # type: ignore[override]
+        """Number of weights of the layer, bias included."""
+        return self.left.shape[0] * self.right.shape[0]
+
+    @property
+    def memory(self) -> int:
+        return sum(x.numel() for x in (self.left, self.right, self.curvature, self.target))
+
+    def _matrix(self, vector: Tensor) -> Tensor:
+        """Weight and bias side by side, [out, in + 1]."""
+        out = self.left.shape[0]
+        if not self.bias:
+            return vector.view(out, -1)
+        return torch.cat([vector[:-out].view(out, -1), vector[-out:, None]], dim=1)
+
+    def _vector(self, matrix: Tensor) -> Tensor:
+        if not self.bias:
+            return matrix.reshape(-1)
+        return torch.cat([matrix[:, :-1].reshape(-1), matrix[:, -1]])
+
+    def _coordinates(self, vector: Tensor) -> Tensor:
+        return self.left.T @ self._matrix(vector) @ self.right  # [q, r]
+
+    def value(self, theta: Tensor) -> Tensor:
+        return 0.5 * (self.curvature * (self._coordinates(theta) - self.target).square()).sum()
+
+    def proximal(self, v: Tensor, rate: Rate) -> Tensor:
+        if isinstance(rate, Tensor):
+            raise InputError(
+                "the weights of one layer have different learning rates",
+                expected="one learning rate for the weight and the bias of a layer",
+                remedy="add penalty(model) to the loss instead, or use another constraint",
+            )
+        move = _share(rate * self.curvature) * (self.target - self._coordinates(v))  # [q, r]
+        return v + self._vector(self.left @ move @ self.right.T)
+
+    def plus(self, other: Kronecker) -> Kronecker:
+        left = _joint(self.left, self.curvature.sum(1), other.left, other.curvature.sum(1))
+        right = _joint(self.right, self.curvature.sum(0), other.right, other.curvature.sum(0))
+        return self.rebased(left, right, other)
+
+    def rebased(self, left: Tensor, right: Tensor, other: Kronecker) -> Kronecker:
+        """The sum with another form, along given bases."""
+        curvature = torch.zeros(left.shape[1], right.shape[1], dtype=left.dtype, device=left.device)
+        pull = torch.zeros_like(curvature)
+        for form in (self, other):
+            turn_left, turn_right = left.T @ form.left, form.right.T @ right  # [q', q], [r, r']
+            curvature += turn_left.square() @ form.curvature @ turn_right.square()
+            pull += turn_left @ (form.curvature * form.target) @ turn_right
+        positive = curvature > 0
+        target = torch.where(positive, pull / curvature.where(positive, torch.ones_like(pull)), torch.zeros_like(pull))
+        return Kronecker(left, right, curvature, target, self.bias)
+
+    def centred(self, theta: Tensor) -> Kronecker:
+        return replace(self, target=self._coordinates(theta))
+
+    def grown(self, size: int, positions: Tensor) -> Kronecker:
+        """A layer with more outputs (a growing head): the form does not feel them."""
+        rows, columns = self.left.shape[0], self.right.shape[0]
+        new_rows = size // columns
+        if new_rows * columns != size:
+            raise InputError("a layer has got more inputs", expected="layers that grow in their outputs only")
+        return replace(self, left=_scattered(self.left, new_rows, torch.arange(rows)))
+
+    def state(self) -> dict[str, Any]:
+        names = ("left", "right", "curvature", "target")
+        return {"form": "kronecker", "bias": self.bias, **{name: getattr(self, name) for name in names}}
+
+    def to(self, like: Tensor) -> Kronecker:
+        return replace(self, **{n: getattr(self, n).to(like) for n in ("left", "right", "curvature", "target")})
+
+
+def principal(moment: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of a symmetric matrix [d, d], as columns [d, rank]."""
+    return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank].contiguous()
+
+
+def _joint(mine: Tensor, my_curvature: Tensor, its: Tensor, its_curvature: Tensor) -> Tensor:
+    """Principal directions of two bases [d, k] with curvatures [k] along them, as many as the larger has."""
+    moment = mine * my_curvature @ mine.T + its * its_curvature @ its.T
+    return principal(moment, max(mine.shape[1], its.shape[1]))

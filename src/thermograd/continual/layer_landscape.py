@@ -1,0 +1,236 @@
+r"""Thousands of landscape directions for the memory of two: outer products of each layer's own directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..noise.factors import Factors, Outer, Rows
+from ..noise.perlayer import PerLayer
+from ..problem import Problem
+from .constraint import Constraint
+from .curvature import check_temperature, output_scores, score_problem
+from .forms import Blocks, Diagonal, Form
+from .kronecker import Kronecker, principal
+
+__all__ = ["LayerLandscape"]
+
+_LEFT_SHARE = 0.25  # of a layer's memory that its output directions may take
+
+
+class LayerLandscape(Constraint):
+    r"""A landscape-dependent constraint whose directions are outer products of a layer's output and input directions.
+
+    .. math::
+        R(\theta) = \mathrm{strength} \sum_\ell \tfrac12 \sum_{ij} h^\ell_{ij}
+        \bigl[u^{\ell\top}_i (W_\ell - W_{\ell,t})\, v^\ell_j\bigr]^2, \qquad
+        h_{ij} = \frac1N \sum_{n,m} \bigl(u_i^\top G_{nm} v_j\bigr)^2
+
+    with :math:`G_{nm} = \sum_\tau g_{nm\tau} x_{n\tau}^\top` the gradient of the score m of sample n in the layer's
+    weight (bias included), h the Gauss-Newton curvature along each direction, exactly, and v, u the eigenvectors of
+    :math:`\sum G^\top G` and :math:`\sum G G^\top`. With all directions this is the eigenvalue-corrected Kronecker
+    curvature (George et al. 2018), which Ritter et al. (2018) used against forgetting in its plain form; here the
+    input directions are cut by the spectrum to a given memory. Weights of linear and convolution layers are held so;
+    all others by the diagonal, as in :class:`EWC`.
+
+    Args:
+        strength: see :class:`Constraint`.
+        memory_per_weight: numbers stored, over P: 2 is what EWC takes. Input directions of all layers compete by the
+            curvature that they hold per number stored. None keeps all of them.
+        temperature: of the Gauss-Newton matrix, see :mod:`.curvature`.
+        draws: scores drawn from the model's own labels (temperature 1 only); None takes the expectation.
+        options: ``anchors``, ``params``, ``samples``, ``seed``, see :class:`Constraint`.
+
+    >>> import torch
+    >>> model, data = torch.nn.Linear(3, 2), (torch.randn(50, 3), torch.randint(2, (50,)))
+    >>> held = LayerLandscape(memory_per_weight=None).fit(model, torch.nn.CrossEntropyLoss(), data)
+    >>> {name: tuple(form.curvature.shape) for name, (_, form) in held.form.parts.items()}
+    {'weight': (2, 4)}
+    """
+
+    name: ClassVar[str] = "layer_landscape"
+
+    def __init__(
+        self, strength: float = 1.0, *, memory_per_weight: float | None = 2.0, temperature: float = 1.0,
+        draws: int | None = None, **options: Any,
+    ):  # fmt: skip
+        super().__init__(strength, **options)
+        if memory_per_weight is not None and not 0 < memory_per_weight < math.inf:
+            raise InputError(f"memory_per_weight is {memory_per_weight!r}", expected="a positive number, or None")
+        self.memory_per_weight, self.draws = memory_per_weight, draws
+        self.temperature = check_temperature(temperature)
+
+    def _measure(self, problem: Problem, index: Tensor, **measured_on: Any) -> Form:
+        scores = output_scores(problem, index, self.temperature, self.draws, self.seed + self.tasks)
+        layers = PerLayer(score_problem(problem, index, scores))
+        budget = math.inf if self.memory_per_weight is None else self.memory_per_weight * problem.P
+        moments: dict[str, _Moments] = {}
+        single = torch.zeros(problem.P, dtype=problem.dtype, device=problem.device)  # squares of all other weights
+        for block in _matrices(layers, problem):
+            for name, matrices in block.items():
+                if isinstance(matrices, _Gradients):
+                    moments.setdefault(name, _Moments(matrices)).add(matrices)
+                else:
+                    matrices.add_squares(single)
+        for moment in moments.values():
+            moment.choose_bases(budget)
+        for block in _matrices(layers, problem):
+            for name, matrices in block.items():
+                if isinstance(matrices, _Gradients):
+                    moments[name].add_curvature(matrices)
+        theta = problem.theta
+        parts: dict[str, tuple[Tensor, Form]] = {}
+        rest = torch.ones(problem.P, dtype=torch.bool)
+        for name, moment in moments.items():
+            form = Kronecker(
+                moment.left, moment.right, moment.curvature / len(index), 0 * moment.curvature, moment.bias
+            )
+            parts[name] = moment.positions, form.centred(theta[moment.positions])
+            rest[moment.positions] = False
+        if bool(rest.any()):
+            at = rest.nonzero().flatten()
+            parts["other weights"] = at, Diagonal(single[at] / len(index), theta[at])
+        return Blocks(problem.P, parts)
+
+    def _bounded(self, total: Form) -> Form:
+        """Cut the input directions of all layers to the memory, those that hold the least curvature per number."""
+        assert isinstance(total, Blocks)
+        if self.memory_per_weight is None:
+            return total
+        room = self.memory_per_weight * total.P
+        offers: list[tuple[float, str]] = []
+        for name, (_, form) in total.parts.items():
+            if isinstance(form, Kronecker):
+                room -= form.left.numel()
+                cost = form.right.shape[0] + 2 * form.left.shape[1]
+                offers += [(float(held) / cost, name) for held in form.curvature.sum(0)]
+            else:
+                room -= form.memory
+        kept = dict.fromkeys(total.parts, 0)
+        for _, name in sorted(offers, key=lambda offer: -offer[0]):
+            form = total.parts[name][1]
+            assert isinstance(form, Kronecker)
+            cost = form.right.shape[0] + 2 * form.left.shape[1]
+            if cost <= room:
+                kept[name] += 1
+                room -= cost
+        parts = {
+            n: (at, _strongest(f, kept[n]) if isinstance(f, Kronecker) else f) for n, (at, f) in total.parts.items()
+        }
+        return Blocks(total.P, parts)
+
+
+def _strongest(form: Kronecker, count: int) -> Kronecker:
+    """The form with the input directions that hold the most curvature."""
+    chosen = form.curvature.sum(0).argsort(descending=True, stable=True)[:count]
+    return replace(
+        form, right=form.right[:, chosen], curvature=form.curvature[:, chosen], target=form.target[:, chosen]
+    )
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients in one layer's weight matrix, G_n = sum over positions of signals x inputs^T."""
+
+    signals: Tensor  # [n, T, out]; with inputs None the gradients themselves, [n, out, in]
+    inputs: Tensor | None  # [n, T, in], a one last where there is a bias
+    positions: Tensor  # of the weight, then the bias, in theta
+    bias: bool
+
+    def along(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sums over samples of the squared components along outer products, [q, r]."""
+        if self.inputs is None:
+            return (left.T @ self.signals @ right).square().sum(0)
+        g, x = self.signals @ left, self.inputs @ right  # [n, T, q], [n, T, r]
+        if g.shape[1] == 1:
+            return g[:, 0].square().T @ x[:, 0].square()
+        return (g.mT @ x).square().sum(0)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Sums of G G^T [out, out] and G^T G [in, in]."""
+        if self.inputs is not None and self.inputs.shape[1] == 1:
+            g, x = self.signals[:, 0], self.inputs[:, 0]
+            by_x, by_g = g * x.norm(dim=1, keepdim=True), x * g.norm(dim=1, keepdim=True)
+            return by_x.T @ by_x, by_g.T @ by_g
+        whole = self.signals if self.inputs is None else self.signals.mT @ self.inputs  # [n, out, in]
+        rows, columns = whole.movedim(1, 0).flatten(1), whole.flatten(0, 1)
+        return rows @ rows.T, columns.T @ columns
+
+
+class _Moments:
+    """One layer: first what its gradients span, then the curvature along the bases chosen from that."""
+
+    def __init__(self, first: _Gradients):
+        self.positions, self.bias = first.positions, first.bias
+        self.outer: Tensor | None = None
+        self.inner: Tensor | None = None
+
+    def add(self, gradients: _Gradients) -> None:
+        outer, inner = gradients.moments()
+        self.outer = outer if self.outer is None else self.outer + outer
+        self.inner = inner if self.inner is None else self.inner + inner
+
+    def choose_bases(self, budget: float) -> None:
+        """All output directions where these are cheap, and as many input directions as the budget could ever hold."""
+        assert self.outer is not None
+        assert self.inner is not None
+        out, inputs = len(self.outer), len(self.inner)
+        left = out if math.isinf(budget) else min(out, max(1, int(_LEFT_SHARE * budget / out)))
+        right = inputs if math.isinf(budget) else min(inputs, max(1, int(budget / (inputs + 2 * left))))
+        self.left, self.right = principal(self.outer, left), principal(self.inner, right)
+        self.curvature = torch.zeros(left, right, dtype=self.left.dtype, device=self.left.device)
+
+    def add_curvature(self, gradients: _Gradients) -> None:
+        self.curvature += gradients.along(self.left, self.right)
+
+
+def _matrices(layers: PerLayer, problem: Problem) -> Iterator[dict[str, _Gradients | Factors]]:
+    """For each block of samples the gradients of every weight matrix, by name, and what is left as it comes."""
+    for _, pieces in layers.kept():
+        found: dict[str, _Gradients | Factors] = {}
+        for piece in pieces:
+            if isinstance(piece, Outer):
+                found[piece.name] = _of_outer(piece)
+            elif isinstance(piece, Rows):
+                found |= _of_rows(piece, layers)
+            else:
+                found[piece.name] = piece
+        yield _with_shapes(found, problem)
+
+
+def _of_outer(piece: Outer) -> _Gradients:
+    positions, inputs = torch.arange(piece.place.start, piece.place.stop), piece.second
+    if piece.bias is not None:
+        positions = torch.cat([positions, torch.arange(piece.bias.start, piece.bias.stop)])
+        inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=2)
+    return _Gradients(piece.first, inputs, positions, piece.bias is not None)
+
+
+def _of_rows(piece: Rows, layers: PerLayer) -> dict[str, _Gradients | Factors]:
+    """Parameters whose gradients were formed, each by itself in the order of theta."""
+    names = {place.start: name for name, place in layers.places.items()}
+    columns = {names[place.start]: (place, piece._ordered(part)) for place, part in piece._columns()}
+    return {name: Rows(name, part, (place,)) for name, (place, part) in columns.items()}
+
+
+def _with_shapes(found: dict[str, _Gradients | Factors], problem: Problem) -> dict[str, _Gradients | Factors]:
+    """Formed gradients of matrices and kernels as matrices, with the bias of the same module as one more input."""
+    out = dict(found)
+    for name, piece in found.items():
+        if not isinstance(piece, Rows) or len(shape := problem.shapes[name]) < 2:
+            continue
+        (place,), columns = piece.places, piece.gradients.view(len(piece), shape[0], -1)
+        positions = torch.arange(place.start, place.stop)
+        bias = out.get(f"{name.rpartition('.')[0]}.bias".removeprefix("."))
+        if isinstance(bias, Rows) and bias.gradients.shape[1] == shape[0]:
+            columns = torch.cat([columns, bias.gradients[:, :, None]], dim=2)
+            positions = torch.cat([positions, torch.arange(bias.places[0].start, bias.places[0].stop)])
+            del out[bias.name]
+        out[name] = _Gradients(columns, None, positions, len(positions) > place.stop - place.start)
+    return out
