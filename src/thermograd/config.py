@@ -31,18 +31,15 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from .errors import ConfigError
 from .hyperparameters import SGD, Sampling
+from .settings import Section, explain, flat, read_toml, to_toml
 
 __all__ = [
     "Config",
@@ -63,11 +60,7 @@ _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Interval = Annotated[int, Field(ge=0)] | str | None
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """``[run]``: the seed, where the run goes, and where it is computed."""
 
     seed: _Seed = Field(default=0, description="of the initial weights and of the minibatches")
@@ -76,14 +69,14 @@ class RunConfig(_Section):
     device: str = Field(default="cpu", description="torch device")
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """``[model]``: a built-in network or a function that returns a ``torch.nn.Module``."""
 
     name: str = Field(description="linear, mlp, small_cnn, small_transformer, or package.module:function")
     arguments: dict[str, Any] = Field(default={}, description="keyword arguments of that function")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """``[data]``: a built-in data set or a function that returns ``(X, y)`` or a torch data set."""
 
     name: str = Field(description="digits, mnist, fashion_mnist, cifar10, a .csv file, or package.module:function")
@@ -98,14 +91,14 @@ class DataConfig(_Section):
     )
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """``[loss]``: a built-in per-sample loss or a function on ``(output, target)``."""
 
     name: str = Field(default="cross_entropy", description="a built-in loss, or package.module:function")
     arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the loss")
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """``[optimizer]``: SGD, or any optimizer of ``torch.optim`` by name."""
 
     name: str = Field(default="sgd", description="sgd, or the name of a torch.optim optimizer")
@@ -130,14 +123,14 @@ class OptimizerConfig(_Section):
         return self
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """``[training.schedule]``: a scheduler of ``torch.optim.lr_scheduler``, stepped once a training step."""
 
     name: str = Field(description="name of a torch.optim.lr_scheduler scheduler")
     arguments: dict[str, Any] = Field(default={}, description="its keyword arguments, in steps")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """``[training]``: how minibatches are drawn, for how long, and what is recorded."""
 
     batch_size: int = Field(ge=1, description="samples in a minibatch")
@@ -154,7 +147,7 @@ class TrainingConfig(_Section):
     schedule: ScheduleConfig | None = Field(default=None, description="learning rate schedule")
 
 
-class RecordConfig(_Section):
+class RecordConfig(Section):
     """``[record]``: what is kept of the path; each key says at each how many steps (0: never, "log20": log-spaced)."""
 
     full: _Interval = Field(default=None, description="weights and velocities; default: each training.every steps")
@@ -179,7 +172,7 @@ class RecordConfig(_Section):
         return self
 
 
-class MeasureConfig(_Section):
+class MeasureConfig(Section):
     """``[measure]``: which laws are checked, and how thoroughly."""
 
     laws: Literal["all"] | list[str] = Field(default="all", description='"all" or names from `thermograd laws`')
@@ -189,7 +182,7 @@ class MeasureConfig(_Section):
     seed: _Seed = Field(default=0, description="of every random draw of the measurements")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole configuration.
 
     >>> config = Config.from_dict({
@@ -230,7 +223,7 @@ class Config(_Section):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise _explain(error, values, source) from None
+            raise explain(error, values, source, cls) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration with every default filled in; keys that are None are left out."""
@@ -238,7 +231,7 @@ class Config(_Section):
 
     def to_toml(self) -> str:
         """The configuration as TOML, every default filled in."""
-        return "\n".join(_toml_table(self.to_dict(), ())).strip() + "\n"
+        return to_toml(self.to_dict())
 
     def trains_like(self, other: Config) -> bool:
         """Whether both configurations train the same weights and record the same (wherever the files lie)."""
@@ -248,7 +241,7 @@ class Config(_Section):
 
     def differences(self, other: Config) -> list[str]:
         """Keys in which two configurations differ, as ``optimizer.lr: 0.1 -> 0.2``."""
-        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        mine, theirs = flat(self.to_dict()), flat(other.to_dict())
         keys = dict.fromkeys((*mine, *theirs))
         return [f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
 
@@ -268,25 +261,7 @@ def load(path: str | os.PathLike[str]) -> Config:
         ConfigError: the file is absent or not TOML (with line and column), or a key or a value is wrong.
     """
     path = Path(path).expanduser()
-    text = ""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"there is no file {path.absolute()}",
-            expected="a configuration in TOML",
-            remedy="check the path, or start from one of the examples",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", expected="a text file in TOML") from None
-    except tomllib.TOMLDecodeError as error:
-        lines = text.splitlines() or [""]
-        end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file"
-        raise ConfigError(
-            f"{path} is not valid TOML: {str(error).replace('at end of document', end)}",
-            expected='lines such as [section] and key = value, with text in "quotes"',
-        ) from None
+    values = read_toml(path)
     config = Config.from_dict(values, str(path))
     here = path.absolute().parent
     folders = [str((here / Path(p).expanduser()).resolve()) for p in config.run.path]
@@ -299,114 +274,3 @@ def load(path: str | os.PathLike[str]) -> Config:
     if config.run.out is None:
         config = config.replace("run", out=str(Path("runs") / path.stem))
     return config
-
-
-# ---------------------------------------------------------------------- from pydantic's errors to one paragraph
-
-
-def _explain(error: ValidationError, values: Mapping[str, Any], source: str) -> ConfigError:
-    """One paragraph about the first fault; the other faulty keys are named."""
-    # unknown keys first: a misspelt key is the usual reason why another one is absent
-    faults = sorted(error.errors(include_url=False), key=lambda f: f["type"] != "extra_forbidden")
-    fault = faults[0]
-    location = _location(fault["loc"], values)
-    key = ".".join(location)
-    others = sorted({".".join(_location(f["loc"], values)) for f in faults[1:]} - {key})
-    more = f"; also wrong: {', '.join(others)}" if others else ""
-    section = _section_of(location)
-    if fault["type"] == "extra_forbidden":
-        known = list(section.model_fields) if section else list(Config.model_fields)
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        guess = f" (did you mean {close[0]!r}?)" if close else ""
-        value = "" if isinstance(fault["input"], dict) else f" = {_short(fault['input'])}"
-        return ConfigError(f"unknown key {key}{value}{guess} in {source}{more}", expected=f"one of {', '.join(known)}")
-    meaning = _describe(section, location[-1])
-    if fault["type"] == "missing":
-        return ConfigError(f"the key {key} is absent from {source}{more}", expected=meaning or f"a section [{key}]")
-    if fault["type"] == "value_error":
-        message = fault["msg"].removeprefix("Value error, ")
-        return ConfigError(f"{key} is wrong in {source}{more}: {message}")
-    same = [f["msg"] for f in faults if _location(f["loc"], values) == location]  # one for each member of a union
-    message = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in same))
-    message = message.replace("valid dictionary", "table").replace(" or instance of ScheduleConfig", "")
-    guess = _near_miss(fault)
-    where = f" ({meaning})" if meaning else ""
-    return ConfigError(
-        f"{key} is {_short(fault['input'])} in {source}{more}",
-        expected=f"{message.replace('a valid integer', 'an integer').replace('a valid ', 'a ')}{where}{guess}",
-    )
-
-
-def _location(parts: tuple[int | str, ...], values: Any) -> list[str]:
-    """The key's place, without the names that pydantic adds for the members of a union."""
-    place: list[str] = []
-    for part in parts:
-        inside = isinstance(values, Mapping) and (part in values or not place or part == parts[-1])
-        if not (inside or (isinstance(values, list) and isinstance(part, int))):
-            break
-        place.append(str(part))
-        values = values.get(part) if isinstance(values, Mapping) else values[part]  # type: ignore[index]
-    return place
-
-
-def _section_of(location: list[str]) -> type[BaseModel] | None:
-    section: Any = Config
-    for part in location[:-1]:
-        field = section.model_fields.get(part) if section is not None else None
-        kind = ScheduleConfig if part == "schedule" else field.annotation if field else None
-        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return section
-
-
-def _describe(section: type[BaseModel] | None, key: str) -> str:
-    field = section.model_fields.get(key) if section else None
-    return (field.description or "") if field else ""
-
-
-def _near_miss(fault: Any) -> str:
-    if fault["type"] != "literal_error" or not isinstance(fault["input"], str):
-        return ""
-    choices = [c.strip(" '") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
-    close = difflib.get_close_matches(fault["input"], choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# ---------------------------------------------------------------------- TOML
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _toml_table(values: Mapping[str, Any], place: tuple[str, ...]) -> list[str]:
-    lines = [f"{_toml_key(k)} = {_toml_value(v)}" for k, v in values.items() if not isinstance(v, Mapping)]
-    if place and (lines or not values):
-        lines.insert(0, f"\n[{'.'.join(map(_toml_key, place))}]")
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            lines += _toml_table(value, (*place, key))
-    return lines
-
-
-def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
-    return value.isoformat() if hasattr(value, "isoformat") else repr(value)
