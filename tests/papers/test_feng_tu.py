@@ -9,7 +9,7 @@ import torch
 from thermograd import SGD, papers
 from thermograd.errors import NotAvailableError
 from thermograd.minibatches import Minibatches
-from thermograd.papers.feng_tu import correlation_times, exact_window, power
+from thermograd.papers.feng_tu_protocol import LAYER, correlation_times, exact_window, power, problem_of
 from thermograd.papers.item import Bench
 from thermograd.papers.training import record_layer, train_down_to
 
@@ -46,9 +46,16 @@ def test_relation(tmp_path):
 
 def test_settings(tmp_path):
     outcome = run("fig2-sweep", tmp_path)
-    signs = [row for row in outcome.rows if row.quantity.startswith("ψ in sample")]
+    signs = [row for row in outcome.rows if row.quantity.startswith("ψ in sample, B")]
     assert len(signs) == 5
     assert all(row.agrees for row in signs)
+    for scheme in ("without", "with"):
+        for name in ("α", "1/B"):
+            row = by_name(outcome, f"power of {name} in the variance, Hessian basis, {scheme} replacement")
+            assert abs(row.ours - row.theory) < 0.3 + 4 * row.stderr, row
+        found = [r for r in outcome.rows if "over the epoch-noise" in r.quantity and f", {scheme} " in r.quantity]
+        assert len(found) == 5
+        assert 0.6 < np.exp(np.mean([np.log(row.ours) for row in found])) < 2.0
 
 
 def test_temperature(tmp_path):
@@ -97,8 +104,6 @@ def test_helpers(tmp_path):
     slope, r = power(np.array([1.0, 2, 4, np.inf]), np.array([3.0, 12, 48, 1]))
     assert abs(slope - 2) < 1e-12
     assert abs(r - 1) < 1e-12
-    from thermograd.papers.feng_tu import LAYER, problem_of
-
     problem = problem_of(Bench("reduced", (1, 2), tmp_path), 0)
     sgd = SGD(lr=0.1, batch_size=50, dataset_size=500)
     rows = record_layer(problem, LAYER, sgd, 3, seed=0)

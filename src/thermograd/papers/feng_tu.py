@@ -2,163 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .. import landscape, models, noise
-from ..hyperparameters import SGD, Sampling
-from ..problem import Problem
-from ..theory import sampling
+from .. import landscape
 from ..trajectory import pca
-from ..trajectory.detrend import detrended
+from .feng_tu_protocol import (
+    BASES,
+    DATA,
+    PAPER,
+    SCHEMES,
+    correlation_times,
+    explore,
+    in_bases,
+    middle,
+    modes_of,
+    note,
+    power,
+    ranks,
+    ready,
+    relation,
+    sizes,
+)
 from .item import Bench, register
-from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
-from .training import record_layer, train_down_to
+from .lines import jackknife
+from .outcome import Outcome, Panel, Published, Row, Series, row_of
 
-__all__ = ["PAPER", "Run", "correlation_times", "explore", "fig1", "fig2", "fig2_sweep"]
+__all__ = ["fig1", "fig2", "fig2_sweep"]
 
-PAPER = "Feng & Tu 2021"
-DATA = "digits; MNIST at full size with --full"
-LAYER = "layer2.weight"
 _Array = np.ndarray[Any, Any]
-
-
-# ---------------------------------------------------------------------------------------------- the protocol
-
-
-def problem_of(bench: Bench, seed: int) -> Problem:
-    """Images and a bias-free ReLU network of two hidden layers of 50, initialised as torch does."""
-    if bench.scale == "full":
-        images, labels = bench.data("mnist")
-        images = images.reshape(len(images), -1)
-    else:
-        images, labels = bench.data("digits", bench.choose(500, 1500, 1500))
-    hidden = bench.choose(20, 50, 50)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = models.mlp([images.shape[1], hidden, hidden, 10], bias=False).double()
-    return Problem(model, torch.nn.CrossEntropyLoss(), (images.double(), labels))
-
-
-def standard(problem: Problem, scheme: Sampling = "reshuffle") -> SGD:
-    """B = 50, α = 0.1, a fresh permutation every epoch."""
-    return SGD(lr=0.1, batch_size=50, dataset_size=problem.N, sampling=scheme)
-
-
-def ready(bench: Bench, seed: int, level: float | None = None) -> Problem:
-    """A network in the exploration phase: trained until its loss is small, once for each seed."""
-    problem = problem_of(bench, seed)
-    target = bench.choose(1e-2, 1e-3, 5e-5) if level is None else level
-
-    def make() -> dict[str, Any]:
-        train_down_to(problem, standard(problem), target, seed)
-        return {"theta": problem.theta.numpy()}
-
-    problem.set_weights(torch.tensor(bench.part(f"trained-{target:g}-{seed}", make)["theta"]))
-    return problem
-
-
-def middle(problem: Problem) -> Problem:
-    """The same with the middle layer's weights alone, the others where they stand."""
-    assert problem.model is not None
-    return Problem(problem.model, problem.criterion, (problem.inputs, problem.targets), params=LAYER)
-
-
-@dataclass(frozen=True)
-class Run:
-    """The middle layer in the exploration phase: two windows of ten epochs, and the landscape at their centre.
-
-    Args:
-        problem: the middle layer at the mean weights of the first window.
-        sgd: as the windows were recorded.
-        first: the first window [T, 2500]; directions come from it.
-        second: the window that follows.
-    """
-
-    problem: Problem
-    sgd: SGD
-    first: _Array
-    second: _Array
-
-    @property
-    def epoch(self) -> int:
-        """Steps in an epoch."""
-        return round(self.sgd.steps_per_epoch)
-
-
-def explore(bench: Bench, seed: int, sgd_of: Callable[[Problem], SGD] = standard) -> Run:
-    """Record two windows of ten epochs and put the network at the mean of the first."""
-    problem = ready(bench, seed)
-    sgd = sgd_of(problem)
-    window = 10 * round(sgd.steps_per_epoch)
-    rows = record_layer(problem, LAYER, sgd, 2 * window, seed + 1)
-    layer = middle(problem)
-    layer.set_weights(torch.tensor(rows[:window].mean(0)))
-    return Run(layer, sgd, rows[:window], rows[window:])
-
-
-def ranks(count: int, of: int) -> _Array:
-    """Ranks from 1 (the first component, a drift, left out) to ``of``, about ``count`` of them, evenly spaced."""
-    return np.unique(np.linspace(1, of - 1, count).round().astype(int))
-
-
-def power(x: _Array, y: _Array) -> tuple[float, float]:
-    """Exponent of y against x and the correlation of the logarithms."""
-    good = np.isfinite(x) & (x > 0) & (y > 0)
-    u, v = np.log(x[good]), np.log(y[good])
-    return float(np.polyfit(u, v, 1)[0]), float(np.corrcoef(u, v)[0, 1])
-
-
-def correlation_times(coordinates: _Array) -> tuple[_Array, _Array]:
-    """Variance with the line removed and 2 Var/Var(step) of coordinates [T, k]."""
-    spread = (detrended(coordinates, "linear") ** 2).mean(0)
-    return spread, 2 * spread / np.diff(coordinates, axis=0).var(0)
-
-
-def bases(run: Run, components: int, hessian: int, count: int) -> dict[str, _Array]:
-    """Variance, flatness, noise and correlation time in three bases, for about ``count`` directions of each.
-
-    ``in``: principal components with the variances of the window they come from, as published; ``out``: the same
-    directions with the variances of the window that follows; ``hess``: eigenvectors of the layer's Hessian.
-    """
-    parts = pca(run.first, held_out=False, n=components)
-    chosen = ranks(count, parts.directions.shape[1])
-    P = parts.directions[:, chosen]
-    modes = landscape.eigenpairs(landscape.hessian(run.problem), hessian, tol=1e-3)
-    picked = np.unique(np.linspace(0, hessian - 1, count).round().astype(int))
-    V = modes.eigenvectors[:, picked]
-    found: dict[str, _Array] = {"curvature": modes.eigenvalues[picked].numpy(), "loss": np.asarray(run.problem.loss())}
-    wide = landscape.flatness(run.problem, torch.cat([P, V], 1), rtol=1e-2).flatness
-    around = noise.in_directions(run.problem, torch.cat([P, V], 1)).variance
-    for name, basis, path, part in (
-        ("in", P, run.first, slice(None, P.shape[1])),
-        ("out", P, run.second, slice(None, P.shape[1])),
-        ("hess", V, run.second, slice(P.shape[1], None)),
-    ):
-        variance, tau = correlation_times(path @ basis.numpy())
-        if name == "in":
-            variance = parts.variance[chosen]
-        found |= {f"{name}_variance": variance, f"{name}_tau": tau, f"{name}_flatness": wide[part]}
-        found[f"{name}_noise"] = around[part] * run.sgd.minibatch_factor
-    return found
-
-
-def exact_window(run_sgd: SGD, curvature: _Array, variance: _Array, window: int) -> tuple[_Array, _Array]:
-    """Variance of a window with its line removed, and correlation time: the epoch-noise theory, nothing fitted."""
-    h = np.maximum(curvature, 0.0)
-    spread = sampling.weight_variance_window(run_sgd, h, variance, window, "linear")
-    return spread, 2 * spread / (run_sgd.lr**2 * sampling.velocity_variance(run_sgd, h, variance))
-
-
-def row(quantity: str, values: Any, published: Published | None = None, exact: Any = None, **more: Any) -> Row:
-    """Mean over seeds with its error."""
-    mean, error = between_seeds(np.asarray(values, float))
-    return Row(quantity, mean, error, len(values), published, None if exact is None else float(np.mean(exact)), **more)
 
 
 # ---------------------------------------------------------------------------------------------- figure 1
@@ -175,101 +48,118 @@ def _msd(line: _Array, lags: _Array) -> _Array:
     statement="The first principal component is a persistent drift, the others diffuse; their variances fall as a "
     "power of the rank, so that a few tens hold nearly all.",
     data=DATA,
-    cost="a minute",
+    cost="two minutes",
     full_cost="half an hour",
 )
 def fig1(bench: Bench) -> Outcome:
     """Principal components of the middle layer over ten epochs, beside those of a random walk."""
-
-    def measure(seed: int) -> dict[str, Any]:
-        run = explore(bench, seed)
-        parts = pca(run.first, held_out=False, sgd=run.sgd)
-        variance, null = parts.variance, parts.random_walk
-        walk = np.cumsum(np.random.default_rng(seed).standard_normal(run.first.shape), 0)
-        drawn = pca(walk, held_out=False)
-        last = min(100, len(variance) * 2 // 3)
-        i = np.arange(20, last) + 1
-        # component i of T rows has the period 2T/i of its cosine, which must be long against the lags
-        later = min(49, len(run.first) // 30)
-        place = run.first @ parts.directions[:, [0, later]].numpy()
-        lags = np.unique(np.geomspace(1, max(4, run.epoch // 8), 8).round().astype(int))
-        mean = run.first.mean(0)
-        return {
-            "decay": -power(i.astype(float), variance[20:last])[0],
-            "null_decay": -power(i.astype(float), drawn.variance[20:last])[0],
-            "gap": variance[0] / variance[1], "null_gap": drawn.variance[0] / drawn.variance[1],
-            "n90": parts.n90_without_first, "null_n90": drawn.n90_without_first, "drift": parts.drift_index,
-            "ballistic": power(lags.astype(float), _msd(place[:, 0], lags))[0],
-            "diffusive": power(lags.astype(float), _msd(place[:, 1], lags))[0],
-            "aligned": abs(parts.directions[:, 0].numpy() @ mean) / np.linalg.norm(mean),
-            "cosines": parts.cosine_overlap[1:20].mean(), "variance": variance[:200], "null": null[:200],
-            "path": place[:: max(1, len(place) // 300)].T, "later": later + 1,
-        }  # fmt: skip
-
-    found = bench.each_seed("components", measure)
+    found = bench.each_seed("components", lambda seed: _spectra(bench, seed))
 
     def each(name: str) -> list[float]:
         return [float(one[name]) for one in found]
 
     mine, later = bench.scale == "full", int(found[0]["later"])
     walk_gap, walk_decay = 4.0, 2.0  # exact for a long random walk: variances as 1/i²
+    fall = "exponent of the variance against rank, i ≥ 20"
     rows = [
-        row("σ1² over σ2²", each("gap"), Published(2.0, "Fig. 1A, σ1² far above σ2²", 0.0, "at least")),
-        row("exponent of the variance against rank, i ≥ 20", each("decay"),
-            Published(2.5, "Fig. 1A, 2 to 3", 0.5), decides=mine),
-        row("components after the first that hold 90 %", each("n90"),
+        row_of("σ1² over σ2²", each("gap"), Published(2.0, "Fig. 1A, σ1² far above σ2²", 0.0, "at least")),
+        row_of(f"{fall}, in sample", each("reshuffle_in"), Published(2.5, "Fig. 1A, 2 to 3", 0.5), decides=mine),
+        row_of("components after the first that hold 90 %", each("n90"),
             Published(35, "Fig. 1B, MNIST, of 2500", 5), decides=mine),
-        row("drift index of the first component (1: a straight line)", each("drift"),
+        row_of("drift index of the first component (1: a straight line)", each("drift"),
             Published(0.5, "Fig. 1C, persistent drift", 0.0, "at least")),
-        row("exponent of the squared displacement, first component", each("ballistic"),
+        row_of("exponent of the squared displacement, first component", each("ballistic"),
             Published(2.0, "Fig. 1C, drift", 0.3), decides=False),
-        row(f"exponent of the squared displacement, component {later}", each("diffusive"),
+        row_of(f"exponent of the squared displacement, component {later}", each("diffusive"),
             Published(1.0, "Fig. 1D, diffusion", 0.3), decides=False),
-        row("cosine of the first component with the weights", each("aligned")),
-        row("random walk: σ1² over σ2²", each("null_gap"), None, walk_gap),
-        row("random walk: exponent against rank", each("null_decay"), None, walk_decay),
-        row("random walk: components after the first that hold 90 %", each("null_n90")),
+        row_of("cosine of the first component with the weights", each("aligned")),
     ]  # fmt: skip
-    mean = np.exp(np.mean(np.log([one["variance"][: min(len(o["variance"]) for o in found)] for one in found]), 0))
-    rank = np.arange(1, len(mean) + 1)
-    walk = np.mean([one["null"][: len(mean)] for one in found], 0)
-    panels = (
-        Panel("Variance of the principal components", "rank", "variance", (
-            Series("SGD", rank, mean, colour=0),
-            Series("random walk", rank, np.maximum(walk, 1e-300), None, "dashed", 1),
-        ), "log", "log"),
-        Panel("Coordinates in time", "step (of 300)", "coordinate", tuple(
-            Series(name, np.arange(len(line)), line - line.mean(), None, "line", i)
-            for i, (name, line) in enumerate(zip(("component 1", f"component {later}"), found[0]["path"], strict=True))
-        )),
-    )  # fmt: skip
+    rows += [
+        row_of(f"{fall}, {BASES[basis]}, {words}", each(f"{scheme}_{basis}"))
+        for scheme, words in SCHEMES.items()
+        for basis in BASES
+        if (scheme, basis) != ("reshuffle", "in")
+    ]
+    rows += [
+        row_of("random walk: σ1² over σ2²", each("null_gap"), None, walk_gap),
+        row_of("random walk: exponent against rank", each("null_decay"), None, walk_decay),
+        row_of("random walk: components after the first that hold 90 %", each("null_n90")),
+    ]
     caveats = (
         "A random walk that knows nothing of the loss has a first component "
         f"{np.mean(each('null_gap')):.1f} times the second and variances that fall as rank^-"
-        f"{np.mean(each('null_decay')):.1f}: the gap and the power are no property of the landscape by themselves.",
+        f"{np.mean(each('null_decay')):.1f}: the gap and the power are no property of the landscape by themselves. "
+        "With the variances of another window, or along the Hessian's eigenvectors, the exponents are "
+        f"{np.mean(each('reshuffle_out')):.1f} and {np.mean(each('reshuffle_hess')):.1f}.",
     )
-    return Outcome(tuple(rows), panels, caveats, note(bench, found))
+    return Outcome(tuple(rows), _spectrum_panels(found), caveats, note(bench, found))
 
 
-def note(bench: Bench, found: list[Any]) -> str:
-    """The protocol in words."""
-    where = bench.choose(
-        "500 digits, two hidden layers of 20, loss 1e-2",
-        "1,500 digits, two hidden layers of 50, loss 1e-3",
-        "MNIST, two hidden layers of 50, loss 5e-5",
+def _spectra(bench: Bench, seed: int) -> dict[str, Any]:
+    """One network: spectra under either scheme in three bases, what drifts and what diffuses, and a random walk."""
+    layer = middle(ready(bench, seed))
+    vectors = landscape.eigenpairs(landscape.hessian(layer), bench.choose(70, 120, 300), tol=1e-3).eigenvectors.numpy()
+    last, spectra = min(100, vectors.shape[1]), {}
+    for scheme in SCHEMES:
+        run = explore(bench, seed, scheme)
+        parts = pca(run.first, held_out=False, sgd=run.sgd)
+        if scheme == "reshuffle":
+            standard_run, standard_parts = run, parts
+        last = min(last, len(parts.variance) * 2 // 3)  # the last ones of few rows have hardly any variance
+        spectra[scheme] = {
+            "in": parts.variance,
+            "out": correlation_times(run.second @ parts.directions.numpy())[0],
+            "hess": correlation_times(run.second @ vectors)[0],
+        }
+    run, parts = standard_run, standard_parts
+    walk = np.cumsum(np.random.default_rng(seed).standard_normal(run.first.shape), 0)
+    drawn = pca(walk, held_out=False)
+    i = np.arange(20, last) + 1
+    decay = {
+        f"{scheme}_{basis}": -power(i.astype(float), variance[20:last])[0]
+        for scheme, bases in spectra.items()
+        for basis, variance in bases.items()
+    }
+    # component i of T rows has the period 2T/i of its cosine, which must be long against the lags
+    later = min(49, len(run.first) // 30)
+    place = run.first @ parts.directions[:, [0, later]].numpy()
+    lags = np.unique(np.geomspace(1, max(4, run.epoch // 8), 8).round().astype(int))
+    mean = run.first.mean(0)
+    shown = {f"spectrum_{basis}": variance[:200] for basis, variance in spectra["reshuffle"].items()}
+    return {
+        **decay, **shown, "gap": parts.variance[0] / parts.variance[1], "n90": parts.n90_without_first,
+        "null_decay": -power(i.astype(float), drawn.variance[20:last])[0],
+        "null_gap": drawn.variance[0] / drawn.variance[1], "null_n90": drawn.n90_without_first,
+        "drift": parts.drift_index, "ballistic": power(lags.astype(float), _msd(place[:, 0], lags))[0],
+        "diffusive": power(lags.astype(float), _msd(place[:, 1], lags))[0],
+        "aligned": abs(parts.directions[:, 0].numpy() @ mean) / np.linalg.norm(mean),
+        "null": parts.random_walk[:200], "path": place[:: max(1, len(place) // 300)].T, "later": later + 1,
+        "epochs": len(place) / run.epoch,
+    }  # fmt: skip
+
+
+def _spectrum_panels(found: list[dict[str, _Array]]) -> tuple[Panel, ...]:
+    curves = []
+    for k, (basis, name) in enumerate(BASES.items()):
+        least = min(len(one[f"spectrum_{basis}"]) for one in found)
+        mean = np.exp(np.mean([np.log(one[f"spectrum_{basis}"][:least]) for one in found], 0))
+        curves.append(Series(name, np.arange(1, least + 1), mean, colour=k))
+    null = np.mean([one["null"] for one in found], 0)
+    null = null[null > 0]
+    curves.append(Series("random walk, in sample", np.arange(1, len(null) + 1), null, None, "dashed", 3))
+    one = found[0]
+    labels = ("component 1", f"component {int(one['later'])}")
+    paths = tuple(
+        Series(name, np.linspace(0, float(one["epochs"]), len(line)), line - line.mean(), None, "line", i)
+        for i, (name, line) in enumerate(zip(labels, one["path"], strict=True))
     )
     return (
-        f"{where}, ReLU, no biases, B = 50, α = 0.1, {len(found)} seeds, a network each. The middle layer is recorded "
-        "at every step of twenty epochs, after the loss has fallen so far; directions come from the first ten."
+        Panel("Variance against rank, mean over seeds", "rank", "variance", tuple(curves), "log", "log"),
+        Panel("Coordinates in time", "epoch", "coordinate", paths),
     )
 
 
 # ---------------------------------------------------------------------------------------------- figure 2
-
-
-def sizes(bench: Bench) -> tuple[int, int, int]:
-    """Principal components, Hessian directions, and how many of either are measured."""
-    return bench.choose((60, 40, 12), (150, 120, 30), (1000, 300, 60))
 
 
 @register(
@@ -283,82 +173,78 @@ def sizes(bench: Bench) -> tuple[int, int, int]:
 )
 def fig2(bench: Bench) -> Outcome:
     """Exponent ψ in sample, held out and in the Hessian basis, with and without replacement; amplitude; nulls."""
-    components, hessian, count = sizes(bench)
-    schemes: tuple[Sampling, ...] = ("reshuffle", "replacement")
+    components, *_ = sizes(bench)
+    shown = (4, components // 4, components - 1)
 
     def measure(seed: int) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-        for scheme in schemes:
-            run = explore(bench, seed, lambda p, s=scheme: standard(p, s))  # type: ignore[misc]
-            kept |= {f"{scheme}_{name}": value for name, value in bases(run, components, hessian, count).items()}
+        run = explore(bench, seed)
         walk = np.cumsum(np.random.default_rng(seed).standard_normal(run.first.shape), 0)
-        null = pca(walk, held_out=False, n=components)
-        wide = landscape.flatness(run.problem, null.directions[:, ranks(8, components)], rtol=1e-2).flatness
-        centre = run.problem.theta
-        offsets = np.linspace(-3, 3, 25)
-        profile = landscape.loss_along(run.problem, pca(run.first, held_out=False, n=components).directions[
-            :, [4, components // 4, components - 1]], offsets, centre)  # fmt: skip
+        null = pca(walk, held_out=False, n=components).directions[:, ranks(8, components)]
+        parts = pca(run.first, held_out=False, n=components).directions
+        offsets = np.linspace(-3, 3, 41)
         return {
-            **kept, "null_decades": np.ptp(np.log10(wide)), "offsets": offsets, "profile": profile.losses,
-            "window": len(run.first), "N": run.problem.N,
+            **relation(bench, seed), "offsets": offsets, "window": len(run.first),
+            "null_decades": np.ptp(np.log10(landscape.flatness(run.problem, null, rtol=1e-2).flatness)),
+            "profile": landscape.loss_along(run.problem, parts[:, shown], offsets).losses,
         }  # fmt: skip
 
     found = bench.each_seed("relation", measure)
-    window, samples = int(found[0]["window"]), int(found[0]["N"])
     rows: list[Row] = []
     psi: dict[str, list[float]] = {}
-    names = {"in": "in sample", "out": "held out", "hess": "Hessian basis"}
-    words = {"reshuffle": "without replacement", "replacement": "with replacement"}
-    for scheme in schemes:
-        for basis, name in names.items():
-            fits = [power(one[f"{scheme}_{basis}_flatness"], one[f"{scheme}_{basis}_variance"]) for one in found]
-            values = [-slope for slope, _ in fits]
-            psi[f"{scheme}_{basis}"] = values
+    for scheme, words in SCHEMES.items():
+        for basis, name in BASES.items():
+            flat = [one[f"{scheme}_{basis}_flatness"] for one in found]
+            fits = [power(F, one[f"{scheme}_{basis}_variance"]) for F, one in zip(flat, found, strict=True)]
+            psi[f"{scheme}_{basis}"] = values = [-slope for slope, _ in fits]
             # in flat directions the variance has the exponent of the noise; in the Hessian basis all is known
-            last = "hess_exact" if basis == "hess" else f"{basis}_noise"
-            sgd = SGD(lr=0.1, batch_size=50, dataset_size=samples, sampling=scheme)
-            for one in found:
-                one[f"{scheme}_hess_exact"], _ = exact_window(
-                    sgd, one[f"{scheme}_curvature"], one[f"{scheme}_hess_noise"], window
-                )
-            noisy = [-power(one[f"{scheme}_{basis}_flatness"], one[f"{scheme}_{last}"])[0] for one in found]
-            exact = None if basis == "in" else noisy
-            told = Published(4.0, "Fig. 2, MNIST, about 4", 0.5) if basis == "in" and scheme == "reshuffle" else None
-            rows.append(row(f"ψ {name}, {words[scheme]}", values, told, exact, decides=bench.scale == "full"))
-            if told is not None:
-                claim = Published(0.0, "an inverse relation", 0.0, "at least")
-                rows.append(row("the same, its sign", values, claim))
-                claim = Published(-0.9, "Fig. 2, points on a line", 0.0, "at most")
-                rows.append(row("correlation of the logarithms", [r for _, r in fits], claim))
-    for scheme in schemes:
-        ratio = [np.median(one[f"{scheme}_hess_variance"] / one[f"{scheme}_hess_exact"]) for one in found]
-        rows.append(row(f"median variance over the epoch-noise theory, {words[scheme]}", ratio, None, 1.0))
-    rows.append(row("decades of F that PCs of a random walk span", [float(one["null_decades"]) for one in found]))
+            known = {"in": None, "out": "out_noise", "hess": "exact_variance"}[basis]
+            exact = known and [-power(F, one[f"{scheme}_{known}"])[0] for F, one in zip(flat, found, strict=True)]
+            if (scheme, basis) != ("reshuffle", "in"):
+                rows.append(row_of(f"ψ {name}, {words}", values, None, exact))
+                continue
+            claim = Published(4.0, "Fig. 2, MNIST, about 4", 0.5)
+            rows.append(row_of(f"ψ {name}, {words}", values, claim, decides=bench.scale == "full"))
+            rows.append(row_of("the same, its sign", values, Published(0.0, "an inverse relation", 0.0, "at least")))
+            claim = Published(-0.9, "Fig. 2, points on a line", 0.0, "at most")
+            rows.append(row_of("correlation of the logarithms", [r for _, r in fits], claim))
+    for scheme, words in SCHEMES.items():
+        ratio = [np.median(one[f"{scheme}_hess_variance"] / one[f"{scheme}_exact_variance"]) for one in found]
+        rows.append(row_of(f"median variance over the epoch-noise theory, {words}", ratio, None, 1.0))
+    rows.append(row_of("decades of F that PCs of a random walk span", [float(one["null_decades"]) for one in found]))
     span = [float(np.ptp(np.log10(one["reshuffle_in_flatness"]))) for one in found]
-    rows.append(row("decades of F that PCs of SGD span", span))
+    rows.append(row_of("decades of F that PCs of SGD span", span))
     caveats = (
         f"The exponent is {np.mean(psi['reshuffle_in']):.1f} only where directions and variances come from one window; "
         f"with the variances of another it is {np.mean(psi['reshuffle_out']):.1f}, in the Hessian basis "
         f"{np.mean(psi['reshuffle_hess']):.1f}, which is what noise that goes with curvature does in flat directions.",
     )
-    return Outcome(tuple(rows), _panels(found, names), caveats, note(bench, found))
+    theory = (
+        f" Exact: the epoch-noise theory for a window of {int(found[0]['window'])} steps with its line removed, from "
+        "the measured curvatures and noise, nothing fitted; held out, the exponent of the noise, which the variance of "
+        "flat directions shares."
+    )
+    labels = [f"PC {k + 1}" for k in shown]
+    return Outcome(tuple(rows), _relation_panels(found, labels), caveats, note(bench, found) + theory)
 
 
-def _panels(found: list[dict[str, _Array]], names: dict[str, str]) -> tuple[Panel, ...]:
+def _relation_panels(found: list[dict[str, _Array]], labels: list[str]) -> tuple[Panel, ...]:
     one = found[0]
-    curves = tuple(
+    curves = [
         Series(name, one[f"reshuffle_{basis}_flatness"], one[f"reshuffle_{basis}_variance"], colour=i)
-        for i, (basis, name) in enumerate(names.items())
+        for i, (basis, name) in enumerate(BASES.items())
+    ]
+    curves.append(
+        Series(
+            "theory, Hessian basis", one["reshuffle_hess_flatness"], one["reshuffle_exact_variance"], None, "line", 3
+        )
     )
     profiles = tuple(
-        Series(f"direction {i + 1}", one["offsets"], line, None, "line", i) for i, line in enumerate(one["profile"])
+        Series(name, one["offsets"], line, None, "line", i)
+        for i, (name, line) in enumerate(zip(labels, one["profile"], strict=True))
     )
-    labels = ("PC 5", "a quarter of them", "the last")
     return (
-        Panel("Variance against flatness", "flatness F", "variance σ²", curves, "log", "log"),
-        Panel(
-            f"Loss along principal components: {', '.join(labels)}", "displacement", "loss", profiles, "linear", "log"
-        ),
+        Panel("Variance against flatness", "flatness F", "variance σ²", tuple(curves), "log", "log"),
+        Panel("Loss along principal components", "displacement", "loss", profiles, "linear", "log"),
     )
 
 
@@ -368,60 +254,72 @@ def _panels(found: list[dict[str, _Array]], names: dict[str, str]) -> tuple[Pane
     title="Variance-flatness relation against batch size and learning rate",
     statement="The inverse relation holds for every batch size and learning rate, with about the same exponent.",
     data=DATA,
-    cost="two minutes",
+    cost="four minutes",
     full_cost="three hours",
 )
 def fig2_sweep(bench: Bench) -> Outcome:
-    """Exponent in sample and held out for five settings around B = 50, α = 0.1, from one trained network a seed."""
+    """Exponents and amplitude for five settings around B = 50, α = 0.1, from one trained network a seed."""
     settings = ((50, 0.1), (50, 0.05), (50, 0.2), (25, 0.1), (100, 0.1))
-    components, _, count = sizes(bench)
+    components, hessian, count = sizes(bench)
     components = min(components, bench.choose(30, 100, 1000))  # ten epochs of large batches are few rows
 
     def measure(seed: int) -> dict[str, Any]:
-        inside, outside, noise_power, amplitude = [], [], [], []
-        for batch, lr in settings:
-            run = explore(bench, seed, lambda p, b=batch, a=lr: SGD(a, batch_size=b, dataset_size=p.N))  # type: ignore[misc]
-            most = min(components, len(run.first) // 2)
-            parts = pca(run.first, held_out=False, n=most)
-            chosen = ranks(count * 2 // 3, most)
-            directions = parts.directions[:, chosen]
-            wide = landscape.flatness(run.problem, directions, rtol=1e-2).flatness
-            around = noise.in_directions(run.problem, directions).variance * run.sgd.minibatch_factor
-            spread, _ = correlation_times(run.second @ directions.numpy())
-            inside.append(-power(wide, parts.variance[chosen])[0])
-            outside.append(-power(wide, spread)[0])
-            noise_power.append(-power(wide, around)[0])
-            flat = sampling.weight_variance_window(run.sgd, np.zeros(1), 1.0, len(run.first), "linear")
-            amplitude.append(np.median(spread / (around * flat)))
-        return {"in": inside, "out": outside, "noise": noise_power, "amplitude": amplitude}
+        modes = modes_of(bench, seed, hessian, count * 2 // 3)
+        found: dict[str, list[Any]] = {}
+        for scheme in SCHEMES:
+            for batch, lr in settings:
+                run = explore(bench, seed, scheme, lr, batch)
+                one = in_bases(run, modes, min(components, len(run.first) // 2), count * 2 // 3)
+                numbers = {b: -power(one[f"{b}_flatness"], one[f"{b}_variance"])[0] for b in BASES}
+                numbers["exact"] = -power(one["hess_flatness"], one["exact_variance"])[0]
+                numbers["amplitude"] = np.median(one["hess_variance"] / one["exact_variance"])
+                for kind in ("hess", "exact"):
+                    numbers[f"size_{kind}"] = np.exp(np.mean(np.log(one[f"{kind}_variance"])))
+                for name, value in numbers.items():
+                    found.setdefault(f"{scheme}_{name}", []).append(value)
+        return found
 
     found = bench.each_seed("settings", measure)
-    inside = np.stack([one["in"] for one in found])  # [s, settings]
-    outside, exact = np.stack([one["out"] for one in found]), np.stack([one["noise"] for one in found])
-    amplitude = np.stack([one["amplitude"] for one in found])
+    table = {name: np.stack([one[name] for one in found]) for name in found[0]}  # [s, settings] each
+    inside = table["reshuffle_in"]
     rows = []
     for i, (batch, lr) in enumerate(settings):
-        name = f"B = {batch}, α = {lr:g}"
         claim = Published(0.0, "Fig. 2, an inverse relation for each", 0.0, "at least")
-        rows.append(row(f"ψ in sample, {name}", inside[:, i], claim))
-        rows.append(row(f"ψ held out, {name}", outside[:, i], None, exact[:, i]))
-        rows.append(row(f"held-out variance over the flat branch of the theory, {name}", amplitude[:, i], None, 1.0))
-    spread = inside.max(1) - inside.min(1)
+        rows.append(row_of(f"ψ in sample, B = {batch}, α = {lr:g}", inside[:, i], claim))
     claim = Published(0.0, "Fig. 2, about the same exponent", 1.0)
-    rows.append(row("largest less smallest ψ in sample", spread, claim))
+    rows.append(Row("largest less smallest ψ in sample", *jackknife(inside, np.ptp), len(inside), claim))
+    for scheme, words in SCHEMES.items():
+        for basis, name in BASES.items():
+            exact = table[f"{scheme}_exact"] if basis == "hess" else None
+            rows.append(
+                row_of(f"ψ {name}, {words}, mean of the settings", table[f"{scheme}_{basis}"].mean(1), None, exact)
+            )
+        amplitude = table[f"{scheme}_amplitude"]
+        for i, (batch, lr) in enumerate(settings):
+            name = f"variance over the epoch-noise theory, B = {batch}, α = {lr:g}, {words}"
+            rows.append(row_of(name, amplitude[:, i], None, 1.0))
+        for name, chosen, values in (("α", [1, 0, 2], [0.05, 0.1, 0.2]), ("1/B", [4, 0, 3], [0.01, 0.02, 0.04])):
+            powers = {
+                kind: [power(np.array(values), line)[0] for line in table[f"{scheme}_size_{kind}"][:, chosen]]
+                for kind in ("hess", "exact")
+            }
+            name = f"power of {name} in the variance, Hessian basis, {words}"
+            rows.append(row_of(name, powers["hess"], None, powers["exact"]))
     x = np.arange(len(settings))
-    curves = tuple(
-        Series(name, x, v.mean(0), v.std(0, ddof=1) / len(v) ** 0.5, colour=i)
-        for i, (name, v) in enumerate((("in sample", inside), ("held out", outside), ("exponent of the noise", exact)))
-    )
     label = "; ".join(f"{i}: B = {b}, α = {a:g}" for i, (b, a) in enumerate(settings))
+    drawn = [(name, table[f"reshuffle_{basis}"]) for basis, name in BASES.items()]
+    drawn.append(("theory, Hessian basis", table["reshuffle_exact"]))
+    curves = tuple(
+        Series(name, x, v.mean(0), v.std(0, ddof=1) / len(v) ** 0.5, colour=i) for i, (name, v) in enumerate(drawn)
+    )
     panel = Panel("Exponent ψ against setting", label, "ψ", curves)
-    caveats = (f"Held out the exponents are {outside.mean():.1f} on average, not {inside.mean():.1f}.",)
-    return Outcome(tuple(rows), (panel,), caveats, note(bench, found))
-
-
-def directions_of(run: Run, components: int, count: int) -> tuple[Tensor, _Array]:
-    """Principal components of the first window, some of them [P, k], and their standard deviations [k]."""
-    parts = pca(run.first, held_out=False, n=components)
-    chosen = ranks(count, parts.directions.shape[1])
-    return parts.directions[:, chosen], np.sqrt(parts.variance[chosen])
+    outside, hess = table["reshuffle_out"].mean(), table["reshuffle_hess"].mean()
+    caveats = (
+        f"Held out the exponents are {outside:.1f} on average, in the Hessian basis {hess:.1f}, not "
+        f"{inside.mean():.1f}.",
+    )
+    return Outcome(
+        tuple(rows), (panel,), caveats,
+        f"{note(bench, found)} Other settings start from the same network. Exact: the epoch-noise theory with measured "
+        "curvature and noise, nothing fitted; its power of α and of 1/B is 2 each where the whole layer is flat.",
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from ..hyperparameters import SGD
 from ..simulate import Potential, langevin, linear_regression_sgd
 from ..theory import limiting
 from .item import Bench, register
-from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
+from .outcome import Outcome, Panel, Published, Row, Series, row_of
 
 __all__ = ["fig2", "fig3"]
 
@@ -103,10 +103,12 @@ def fig2(bench: Bench) -> Outcome:
         phases = [float(np.angle(_poles_of(one))) for one in x]
         if sgd.momentum == 0.99:
             source = "Fig. 2, loops of about 65 steps"
-            rows.append(_row(f"steps a turn, {name}", [2 * np.pi / p for p in phases], Published(65, source, 5), turn))
+            rows.append(
+                row_of(f"steps a turn, {name}", [2 * np.pi / p for p in phases], Published(65, source, 5), turn)
+            )
             turns = [steps * p / (2 * np.pi) for p in phases]
             told = Published(6, "Fig. 2, about 6 loops", 0.5)
-            rows.append(_row(f"turns in {steps} steps, {name}", turns, told, steps * phase / (2 * np.pi)))
+            rows.append(row_of(f"turns in {steps} steps, {name}", turns, told, steps * phase / (2 * np.pi)))
         amplitude = np.sqrt((omega * x) ** 2 + v**2)  # [s, R, T]
         left = np.sqrt((amplitude[..., turn] ** 2).mean(1) / (amplitude[..., 0] ** 2).mean(1))
         exact = np.hypot(omega * unit.position_mean[turn, 0], unit.velocity_mean[turn, 0]) / omega
@@ -114,11 +116,11 @@ def fig2(bench: Bench) -> Outcome:
             0.9: Published(0.1, "Fig. 2, settles after one overshoot", 0.0, "at most"),
             0.999: Published(0.9, "Fig. 2, nearly undamped", 0.0, "at least"),
         }
-        rows.append(_row(f"share of the amplitude left after a turn, {name}", left, words.get(sgd.momentum), exact))
+        rows.append(row_of(f"share of the amplitude left after a turn, {name}", left, words.get(sgd.momentum), exact))
         off = np.sqrt(((x - start[..., None] * unit.position_mean[:, 0]) ** 2).mean((1, 2))) / size_of_start
         overlaid = Published(0.2, "Fig. 2, theory overlays closely", 0.0, "at most")
         spread = float(np.sqrt(theory.position.mean())) / size_of_start
-        rows.append(_row(f"rms distance from the mean path over the start, {name}", off, overlaid, spread))
+        rows.append(row_of(f"rms distance from the mean path over the start, {name}", off, overlaid, spread))
         panels.append(
             Panel(
                 f"Phase plane, {name}", "position", "velocity", (
@@ -136,11 +138,6 @@ def fig2(bench: Bench) -> Outcome:
         "layer. Exact is the discrete recursion; for the distances, the standard deviation of a mode with the noise of "
         "the start, which falls as the residuals do.",
     )  # fmt: skip
-
-
-def _row(quantity: str, values: Any, published: Published | None = None, theory: float | None = None) -> Row:
-    mean, error = between_seeds(np.asarray(values, float))
-    return Row(quantity, mean, error, len(values), published, None if theory is None else float(theory))
 
 
 # ---------------------------------------------------------------------------------------------- figure 3
@@ -205,22 +202,21 @@ def fig3(bench: Bench) -> Outcome:
     later = expm(-_DRIFT * lag) @ form.covariance
     seen = kappa * (later.T - later)[0, 1] / (2 * lag)  # what rows a finite lag apart show
     rows = [
-        _row(
+        row_of(
             f"modified loss U{i + 1}{j + 1}", [one["potential"][i, j] for one in found],
             Published(float(form.potential[i, j]), "stationary solution, A = (D + Q)U", 0.05), form.potential[i, j],
         )
         for i, j in ((0, 0), (0, 1), (1, 1))
     ]  # fmt: skip
-    claimed = float(np.sqrt(_DIFFUSION[0] * _DIFFUSION[1]))  # only to say how large the current is beside the noise
     rows.append(
-        _row(
+        row_of(
             "rotation Q12", [float(one["rotation"]) for one in found],
             Published(float(form.rotation[0, 1]), "Q of symmetric A, (D_ij)(a_i - a_j)/(a_i + a_j)", 0.05), seen,
         )
     )  # fmt: skip
     for i in range(2):
         rows.append(
-            _row(f"mean position {i + 1}", [one["mean"][i] for one in found], theory=float(process.centre[i]))
+            row_of(f"mean position {i + 1}", [one["mean"][i] for one in found], theory=float(process.centre[i]))
         )  # fmt: skip
     circle = np.linspace(0, 2 * np.pi, 100)
     ring = np.stack([np.cos(circle), np.sin(circle)])
@@ -239,5 +235,5 @@ def fig3(bench: Bench) -> Outcome:
         tuple(rows), (panel,), (),
         f"{replicas} paths for each of {len(found)} seeds from (0.09, 0), the first 8 time units dropped, "
         f"{rows_kept * lag:g} recorded. The current is read off the antisymmetric part of the correlation at lag "
-        f"{lag:g}, exactly so in the column beside; the geometric mean of the noise, {claimed:g}, is its measure.",
+        f"{lag:g}; the column beside says what that is exactly at this lag.",
     )  # fmt: skip

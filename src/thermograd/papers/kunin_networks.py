@@ -16,10 +16,22 @@ from ..trajectory.drift import replica_split
 from ..trajectory.selection import select_all
 from .item import Bench, register
 from .kunin import PAPER
-from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
+from .outcome import Outcome, Panel, Published, Series, row_of
 from .training import Point, pooled_images, settle, small_classifier, surroundings, trained
 
-__all__ = ["DATA", "DECAY", "fig1", "fig4", "fig6", "minimum", "pace", "problem_of", "row_of", "sgd_of", "slope_of"]
+__all__ = [
+    "DATA",
+    "DECAY",
+    "fig1",
+    "fig4",
+    "fig6",
+    "late_exponent",
+    "minimum",
+    "pace",
+    "problem_of",
+    "sgd_of",
+    "slope_of",
+]
 
 _Array = np.ndarray[Any, Any]
 DECAY = 1e-3
@@ -57,14 +69,14 @@ def pace(point: Point) -> float:
     return 5e-3 / float(point.curvature[0])
 
 
-def row_of(quantity: str, values: Any, published: Published | None = None, theory: Any = None, **more: Any) -> Row:
-    mean, error = between_seeds(np.asarray(values, float))
-    exact = None if theory is None else float(np.mean(theory))
-    return Row(quantity, mean, error, len(values), published, exact, **more)
-
-
 def slope_of(x: Any, y: Any) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def late_exponent(steps: _Array, square: _Array) -> float:
+    """Slope over the last two thirds of the steps."""
+    use = (steps >= steps[-1] / 3) & (square > 0)
+    return slope_of(steps[use], square[use])
 
 
 # ---------------------------------------------------------------------------------------------- figures 4, 5
@@ -282,7 +294,7 @@ def fig1(bench: Bench) -> Outcome:
             )
             mean = ((exact.position_mean - offset) ** 2).sum(1)
             collect["exact_drift"].append(mean / (mean + exact.position.sum(1)))
-            collect["exact_c"].append(_late(every * lags, mean + exact.position.sum(1)))
+            collect["exact_c"].append(late_exponent(every * lags, mean + exact.position.sum(1)))
             result["loss"].append([float(problem.loss(theta)), float(problem.loss(paths.theta.mean(0)))])
         return {**result, **collect, "steps": every * lags}
 
@@ -290,7 +302,7 @@ def fig1(bench: Bench) -> Outcome:
     steps_at = found[0]["steps"]
     share = np.stack([one["drift"] / (one["drift"] + one["noise"]) for one in found])  # [s, S, T]
     total = np.stack([one["drift"] + one["noise"] for one in found])
-    c = np.array([[_late(steps_at, line) for line in one] for one in total])  # [s, S]
+    c = np.array([[late_exponent(steps_at, line) for line in one] for one in total])  # [s, S]
     exact_c = np.stack([one["exact_c"] for one in found])
     exact_share = np.stack([one["exact_drift"] for one in found])
     middle = len(batches) // 2
@@ -340,9 +352,3 @@ def fig1(bench: Bench) -> Outcome:
         f"from one point for each of {len(found)} seeds separate drift from noise without bias. Exact: linear dynamics "
         "with the slope, curvatures and noise at the restart.",
     )  # fmt: skip
-
-
-def _late(steps: _Array, square: _Array) -> float:
-    """Slope over the last two thirds of the steps."""
-    use = (steps >= steps[-1] / 3) & (square > 0)
-    return slope_of(steps[use], square[use])

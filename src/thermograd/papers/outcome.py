@@ -16,7 +16,7 @@ from ..measurement import new_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Outcome", "Panel", "Published", "Row", "Series", "Verdict", "between_seeds"]
+__all__ = ["Outcome", "Panel", "Published", "Row", "Series", "Verdict", "between_seeds", "row_of"]
 
 Verdict = Literal["reproduced", "reproduced with a caveat", "not reproduced", "cannot be run here"]
 _ERRORS = 2.0  # standard errors by which ours may lie beyond the tolerance
@@ -225,3 +225,14 @@ def between_seeds(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     if array.size < 2:
         raise InputError(f"{array.size} seed(s)", expected="two or more, for an error bar")
     return float(array.mean()), float(array.std(ddof=1) / math.sqrt(array.size))
+
+
+def row_of(quantity: str, values: Any, published: Published | None = None, theory: Any = None, **more: Any) -> Row:
+    """The row of a number measured with each seed, and of what theory says with each, if it does.
+
+    >>> row_of("slope", [1.0, 3.0], theory=[2.0, 2.5])
+    Row(quantity='slope', ours=2.0, stderr=1.0, seeds=2, published=None, theory=2.25, decides=True)
+    """
+    mean, error = between_seeds(np.asarray(values, float))
+    exact = None if theory is None else float(np.mean(theory))
+    return Row(quantity, mean, error, len(values), published, exact, **more)
