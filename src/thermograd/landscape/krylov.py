@@ -3,13 +3,16 @@ r"""The iteration behind :func:`~thermograd.landscape.spectrum.eigenpairs`: a Kr
 A basis is kept together with its image under the operator, so that residuals are the true ones at any moment. It
 opens with a few steps in blocks of two vectors and goes on with single vectors, which need the fewest products: all
 wanted pairs share one polynomial. (Explicit matrices, which multiply four vectors at the cost of one, take blocks of
-four.) A Krylov space of two start vectors shows each eigenvalue at most twice, so when a
-wanted one does appear twice, further copies are looked for from fresh random vectors, in wider blocks.
+four.) A Krylov space of two start vectors shows each eigenvalue at most twice, so when a wanted one does appear twice
+within its residuals, further copies are looked for from fresh random vectors, for as many steps as the rate of
+convergence asks for. Where that rate says that gaps of the size of the tolerance are not resolved, residuals are
+brought further down.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -28,8 +31,12 @@ __all__ = ["Basis", "Krylov", "KrylovState", "Which", "rounding_floor", "wanted"
 Which = Literal["LA", "SA", "LM", "BE"]
 
 _OPENING = 5  # steps in blocks of two
-_WIDE = 4  # block in which copies of an eigenvalue are looked for
-_CHECKS = 5  # steps of that search
+_WIDE = 4  # block in which more copies are looked for where a search with one vector found some
+_CHECKS = {1: (8, 80), _WIDE: (5, 40)}  # fewest and most steps of a search, by its block
+_GROWTH = 100  # by which a missed copy grows in a search, over what the Krylov space shows of the rest
+_LEAST, _PAST = 3, 10  # steps over which the rate of convergence is measured
+_RESOLVED = 30  # gaps below so many tolerances converge too slowly to tell neighbours apart at the tolerance
+_MARGIN = 10  # by which residuals must then fall below it
 _ROUNDING = 50  # residuals below this many units of rounding of the norm cannot be lowered
 _SAVE_EVERY = 60.0  # seconds between two writes of a checkpoint
 
@@ -118,7 +125,9 @@ class KrylovState:
     checking: int  # steps left of a search for copies
     before: Tensor | None  # wanted values when that search began
     checked: bool
-    searched: bool
+    copies: bool  # whether a search has found some
+    trail: tuple[float, ...]  # residual of the last wanted pair over what it must be, in the last steps
+    margin: float  # by which the residuals must be below the tolerance
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a file, whole or not at all."""
@@ -162,11 +171,13 @@ class Krylov:
         self.size = operator.shape[0]
         self.options = (self.size, str(operator.dtype), k, which, tol, seed)
         self.keep = k + max(_WIDE, k // 2)
-        self.most = max(2 * k + 6 * _WIDE, self.keep + (_CHECKS + 1) * _WIDE, 40)
+        self.most = max(2 * k + 6 * _WIDE, self.keep + 6 * _WIDE, 40)
         self.random = torch.Generator().manual_seed(seed)
         self.usual = operator.at_once
         self.products, self.block, self.opening = 0, max(2, self.usual), _OPENING
-        self.checking, self.checked, self.searched = 0, False, False
+        self.checking, self.checked, self.copies = 0, False, False
+        self.trail: tuple[float, ...] = ()
+        self.margin = 1.0
         self.before: Tensor | None = None
         self.basis: Basis | None = None
         self.settled: Tensor | None = None
@@ -254,12 +265,15 @@ class Krylov:
         elif self.checking:
             self.checking -= 1
             # on along the Krylov space of the random vectors
-            directions = basis.AV[basis.width - _WIDE : basis.width]
+            directions = basis.AV[basis.width - self.block : basis.width]
             if not self.checking:
                 directions = self._after_check()
         else:
-            self.block = _WIDE if self.searched else self.usual
+            self.block = _WIDE if self.copies else self.usual
             directions = self._unconverged()
+            if directions is None and self._slow():
+                self.margin, self.settled = _MARGIN, None
+                directions = self._unconverged()
             if directions is None and not self.checked and self._repeated():
                 directions = self._begin_check()
         if directions is None:
@@ -268,31 +282,57 @@ class Krylov:
         self._expand(directions)
         return True
 
-    def _repeated(self) -> bool:
-        """Whether a wanted eigenvalue appears as often as the Krylov space can show it."""
+    def _slow(self) -> bool:
+        """Whether convergence was so slow that a neighbour may stand for a wanted eigenvalue.
+
+        Lanczos converges by exp(-2 sqrt(gap / spread)) a step, so the rate tells the gap that the space resolves. Where
+        that is not much more than the tolerance, a residual within it may hide an eigenvalue that lies further out but
+        that the start vectors hardly contain; it grows at the same slow rate, and while it does, residuals stay.
+        """
         basis = self._now()
-        values = basis.values[wanted(basis.values, self.k, self.which)].sort()[0]
-        near = torch.clamp(2 * self.tol * values.abs(), min=10 * basis.floor)  # each may be off by its residual
-        return len(values) < self.k or bool((values.diff() <= near[1:]).any())
+        rate = self._rate()
+        if self.margin > 1 or rate is None:
+            return False
+        last = float(basis.values[wanted(basis.values, self.k, self.which)[-1]])
+        return float(basis.values[-1] - basis.values[0]) * rate**2 < _RESOLVED * self.tol * abs(last)
+
+    def _rate(self) -> float | None:
+        """Half the logarithm by which the residual of the slowest pair fell a step; None when that is not known."""
+        steps = len(self.trail) - 1
+        if steps < _LEAST or not 0 < self.trail[-1] < math.inf:
+            return None
+        return max(0.0, math.log(self.trail[0] / self.trail[-1]) / (2 * steps))
+
+    def _repeated(self) -> bool:
+        """Whether a wanted eigenvalue appears as often as the Krylov space can show it: twice, within the residuals."""
+        basis = self._now()
+        chosen = wanted(basis.values, self.k, self.which)
+        values, order = basis.values[chosen].sort()
+        reach = basis.residuals(chosen).norm(dim=1)[order] + 5 * basis.floor
+        return len(values) < self.k or bool((values.diff() <= reach[1:] + reach[:-1]).any())
 
     def _begin_check(self) -> Tensor:
         basis = self._now()
         if basis.width > self.keep:
             self.basis = basis = basis.compressed(wanted(basis.values, self.keep, self.which))
         self.before = basis.values[wanted(basis.values, self.k, self.which)]
-        self.checking = _CHECKS
-        return self._normal(_WIDE)
+        self.block = _WIDE if self.copies or self.usual > 1 else 1
+        fewest, most = _CHECKS[self.block]
+        rate = self._rate() or 1.0
+        self.checking = min(max(fewest, math.ceil(math.log(_GROWTH) / (2 * rate))), most)
+        return self._normal(self.block)
 
     def _after_check(self) -> Tensor | None:
         """Whether the search found copies that were missed: then on with them, in wide blocks."""
         basis = self._now()
         after = basis.values[wanted(basis.values, self.k, self.which)]
         before: Any = self.before
-        self.settled, self.before = None, None  # every pair is looked at once more
+        self.settled, self.before, self.trail = None, None, ()  # every pair is looked at once more
         changed = len(after) != len(before) or bool(
             ((after - before).abs() > torch.clamp(self.tol * before.abs(), min=basis.floor)).any()
         )
-        self.checked, self.searched, self.block = not changed, True, _WIDE
+        self.checked, self.copies = not changed, changed or self.copies
+        self.block = _WIDE if self.copies else self.usual
         directions = self._unconverged()
         if directions is None and changed:
             return self._begin_check()
@@ -303,15 +343,19 @@ class Krylov:
         basis = self._now()
         chosen = wanted(basis.values, self.k, self.which)
         values = basis.values[chosen]
-        bound = torch.clamp(self.tol * values.abs(), min=basis.floor)
+        bound = torch.clamp(self.tol / self.margin * values.abs(), min=basis.floor)
         if self.settled is None or len(self.settled) != len(values):
             self.settled = torch.full_like(values, torch.nan)
         settled = self.settled.clone()
         open_ = ~((values - settled).abs() <= bound)
         found: list[Tensor] = []
+        last = [chosen.new_tensor([self.k - 1])] if len(values) == self.k else []  # the slowest pair
         for part in open_.nonzero().flatten().split(self.block):
-            residual = basis.residuals(chosen[part])
+            residual = basis.residuals(chosen[torch.cat([part, *last])])
             norms = residual.norm(dim=1)
+            if last:
+                self.trail, last = (*self.trail[-_PAST:], float(norms[-1] / bound[-1])), []
+            residual, norms = residual[: len(part)], norms[: len(part)]
             bad = norms > bound[part]
             settled[part] = torch.where(bad, torch.nan, values[part])
             found += list(residual[bad] / norms[bad][:, None])

@@ -75,10 +75,11 @@ def eigenpairs(
 
     Thick-restart Lanczos with full reorthogonalisation (Wu & Simon 2000), opened by a few steps in blocks of two. A
     pair counts as converged when its true residual obeys :math:`\|A v - a v\| \le \mathrm{tol}\,|a|` (or has reached
-    the rounding of :math:`\|A\|`, for eigenvalues near zero). Where a wanted eigenvalue appears twice, which is as
-    often as a Krylov space of two start vectors shows it, fresh random vectors look for further copies. Where
-    eigenvalues lie closer together than ``tol``, a neighbour may stand for the extreme one. Small matrices, and k
-    close to P, are decomposed in full.
+    the rounding of :math:`\|A\|`, for eigenvalues near zero). Where the residuals fall so slowly that gaps of the size
+    of the tolerance are not resolved, as in a bulk, they are brought to a tenth of it, since a neighbour may otherwise
+    stand for an extreme eigenvalue. Where a wanted eigenvalue appears twice, which is as often as a Krylov space of
+    two start vectors shows it, fresh random vectors look for further copies. Small matrices, and k close to P, are
+    decomposed in full.
 
     Args:
         A: an operator or a matrix, see :func:`~thermograd.landscape.operators.as_operator`; (P, P).
