@@ -30,7 +30,7 @@ __all__ = ["Basis", "Krylov", "KrylovState", "Which", "rounding_floor", "wanted"
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
-_OPENING = 5  # steps in blocks of two
+_OPENING = 2  # steps in blocks of two
 _WIDE = 4  # block in which more copies are looked for where a search with one vector found some
 _CHECKS = {1: (8, 80), _WIDE: (5, 40)}  # fewest and most steps of a search, by its block
 _GROWTH = 100  # by which a missed copy grows in a search, over what the Krylov space shows of the rest
