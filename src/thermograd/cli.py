@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
+from rich.table import Table
 
 from . import __version__
 from .errors import InputError, StoreError, ThermogradError, ThermogradWarning
@@ -254,7 +256,43 @@ def reproduce(
         _say(f"Report: [bold]{escape(str(target))}[/] (one file; open it in a browser)")
 
 
+@app.command(epilog="Example: thermograd continual examples/continual_digits.toml")
+@_explained
+def continual(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration in TOML.")],
+    out_folder: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", metavar="", help="Run again what was run before.")] = False,
+) -> None:
+    """Compare constraints against forgetting on a sequence of tasks.
+
+    Hyperparameters are chosen on validation data, then each method is repeated with other seeds. What was run before
+    with the same settings is kept; an interrupted comparison goes on where it stopped.
+    """
+    from .continual import load
+    from .continual import run as run_comparison
+
+    settings = load(config)
+    folder = out_folder or Path(settings.protocol.out or "runs/continual")
+    try:
+        found = run_comparison(settings, folder, fresh=fresh)
+    except KeyboardInterrupt:
+        again = f"{_program()} continual {config}" + (f" --out {out_folder}" if out_folder else "")
+        raise KeyboardInterrupt(f"Interrupted; finished runs are kept. Go on with: {again}") from None
+    out.print(_table(f"{found.title}, {len(found.seed)} seeds", found.columns, found.rows()))
+    _say("± is half a 95 % interval over seeds; p is of a paired t test; memory and times are one run's.")
+    _say(f"Table, figure, JSON and data set: [bold]{escape(str(folder))}[/]")
+
+
 # ---------------------------------------------------------------------- what the commands share
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i in (0, len(columns) - 1) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
 
 
 def _program() -> str:

@@ -61,6 +61,8 @@ def explain(error: ValidationError, values: Mapping[str, Any], source: str, root
     faults = sorted(error.errors(include_url=False), key=lambda f: f["type"] != "extra_forbidden")
     fault = faults[0]
     location = _location(fault["loc"], values)
+    if not location:  # what several keys say together
+        return ConfigError(f"{source} is wrong: {fault['msg'].removeprefix('Value error, ')}")
     key = ".".join(location)
     others = sorted({".".join(_location(f["loc"], values)) for f in faults[1:]} - {key})
     more = f"; also wrong: {', '.join(others)}" if others else ""

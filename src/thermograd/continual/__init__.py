@@ -18,18 +18,29 @@
 
 from __future__ import annotations
 
+from .comparison import Comparison
 from .constraint import Constraint
 from .diagonal import EWC, L2ToAnchor
 from .landscape_constraint import LandscapeConstraint, RandomDirections
 from .layer_landscape import LayerLandscape
+from .protocol import run
+from .settings import Settings, load
+from .streams import Stream, Task, stream
 from .synaptic import SynapticIntelligence
 
 __all__ = [
     "EWC",
+    "Comparison",
     "Constraint",
     "L2ToAnchor",
     "LandscapeConstraint",
     "LayerLandscape",
     "RandomDirections",
+    "Settings",
+    "Stream",
     "SynapticIntelligence",
+    "Task",
+    "load",
+    "run",
+    "stream",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import landscape
 from ..errors import InputError, TooShortError
 from ..problem import Problem
+from ..theory.flatness import curvature_from_flatness
 from ..trajectory import pca
 from .constraint import Constraint
 from .curvature import check_temperature, tempered
@@ -176,7 +178,7 @@ class LandscapeConstraint(Constraint):
         return directions.to(problem.device, problem.dtype)
 
     def _from_flatness(self, problem: Problem, index: Tensor, vectors: Tensor) -> Tensor:
-        """8 (e - 1) L_0 / F^2 along each direction, 0 where the loss does not rise on both sides."""
+        """The curvature that each width stands for, 0 where the loss does not rise on both sides."""
         part = problem
         if len(index) < problem.N and problem.model is not None:
             inputs, targets = problem._samples.take(index, problem.device, problem.dtype)
@@ -184,8 +186,14 @@ class LandscapeConstraint(Constraint):
                 problem.model, problem.criterion, (inputs, targets), params=problem.names, dtype=problem.dtype
             )
         widths = landscape.flatness(part, vectors, rise=_RISE, rtol=1e-2)
-        values = 8 * (_RISE - 1) * widths.loss / torch.as_tensor(widths.flatness).square()  # 1 / inf^2 = 0
-        return values.to(vectors)
+        return torch.as_tensor(_parabola(widths.flatness, widths.loss)).to(vectors)
+
+
+def _parabola(widths: np.ndarray, loss: float) -> np.ndarray:
+    crossed = np.isfinite(widths)
+    values = np.zeros(len(widths))
+    values[crossed] = curvature_from_flatness(widths[crossed], loss)
+    return values
 
 
 class RandomDirections(LandscapeConstraint):
