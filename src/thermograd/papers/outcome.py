@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from scipy.special import stdtrit
 
 from ..errors import InputError, NonFiniteError
 from ..measurement import new_axes
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "Panel", "Published", "Row", "Series", "Verdict", "between_seeds", "row_of"]
 
 Verdict = Literal["reproduced", "reproduced with a caveat", "not reproduced", "cannot be run here"]
-_ERRORS = 2.0  # standard errors by which ours may lie beyond the tolerance
+_CONFIDENCE = 0.975  # one-sided: that a number just at the edge of its tolerance is not called a different one
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,22 @@ class Row:
             raise NonFiniteError(f"{self.quantity}: {self.ours} ± {self.stderr}")
 
     @property
+    def margin(self) -> float:
+        """By how much ours may lie beyond a tolerance: its standard error times Student's quantile for so few seeds."""
+        freedom = self.seeds - 1 if self.seeds > 1 else np.inf  # a single seed's error comes from elsewhere
+        return float(stdtrit(freedom, _CONFIDENCE)) * self.stderr
+
+    @property
     def agrees(self) -> bool | None:
         """Whether ours is the published number within its tolerance and our error; None without one."""
         if self.published is None:
             return None
-        return self.published.distance(self.ours) <= self.published.tolerance + _ERRORS * self.stderr
+        return self.published.distance(self.ours) <= self.published.tolerance + self.margin
+
+    @property
+    def undecided(self) -> bool:
+        """Whether ours lies beyond the tolerance, but by no more than its error."""
+        return bool(self.agrees) and self.published.distance(self.ours) > self.published.tolerance  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -165,15 +177,17 @@ class Outcome:
     def verdict(self) -> Verdict:
         """The item's result in words.
 
-        ``not reproduced`` when a deciding row differs from the published number by more than its tolerance and two
-        standard errors; ``reproduced with a caveat`` when only other rows differ, or when something qualifies the
-        result; else ``reproduced``.
+        ``not reproduced`` when a deciding row differs from the published number by more than its tolerance and our
+        error (Student's 95% interval, as wide as so few seeds ask for); ``reproduced with a caveat`` when only other
+        rows differ, when a row lies beyond its tolerance by no more than the error, so that more seeds would have to
+        decide, or when something qualifies the result; else ``reproduced``.
         """
         if self.unavailable:
             return "cannot be run here"
         if any(row.decides for row in self.differing):
             return "not reproduced"
-        return "reproduced with a caveat" if self.differing or self.caveats else "reproduced"
+        qualified = self.differing or self.caveats or any(row.undecided for row in self.rows)
+        return "reproduced with a caveat" if qualified else "reproduced"
 
     @property
     def reason(self) -> str:
@@ -187,6 +201,9 @@ class Outcome:
             parts.append(f"{len(agreed)} of {len(agreed)} published numbers are met.")
         elif agreed:
             parts.append(f"{len(agreed)} of {len(agreed) + len(off)} published numbers are met.")
+        open_rows = [f"{row.quantity}: {row.ours:.3g} ± {row.stderr:.2g}" for row in self.rows if row.undecided]
+        if open_rows:
+            parts.append(f"Beyond the tolerance by less than the error, so undecided: {'; '.join(open_rows)}.")
         return " ".join([*(p for p in parts if p), *self.caveats])
 
     def to_json(self) -> str:
