@@ -104,6 +104,97 @@ def test_strength_of_the_samples_that_are_done(monkeypatch: pytest.MonkeyPatch) 
     assert abs(part.value - whole.value) < 4 * part.stderr
 
 
+def test_lengths_taken_layer_by_layer_of_the_samples_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = teacher(samples=400)
+    whole = tg.noise.strength(problem)
+    monkeypatch.setattr(part_of("gradients"), "_LARGE", 0)
+    monkeypatch.setattr(PerLayer, "block_size", property(lambda self: 50))
+    assert tg.noise.strength(problem).value == pytest.approx(whole.value, rel=1e-12)
+    monkeypatch.setattr(PerLayer, "factors", interrupting(PerLayer.factors, 4))
+    with pytest.warns(ThermogradWarning, match="200 of 400 samples"):
+        part = tg.noise.strength(problem)
+    assert abs(part.value - whole.value) < 4 * part.stderr
+
+
+def test_noise_scale_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, module = teacher(samples=400), part_of("strength")
+    whole = tg.noise.noise_scale(problem)
+
+    with monkeypatch.context() as patch:  # while the samples' distances from the mean are measured
+        patch.setattr(tg.Problem, "gradient_chunk", property(lambda self: 20))
+        patch.setattr(tg.Problem, "sample_gradients", interrupting(tg.Problem.sample_gradients, 10))
+        with pytest.warns(ThermogradWarning, match="200 of 400 samples"):
+            part = tg.noise.noise_scale(problem)
+    assert part.samples == 200
+    assert np.isnan(part.curvature_weighted)
+    assert "interrupted" in part.note
+    assert whole.stderr < part.stderr < 3 * whole.stderr
+    assert 0 < abs(part.simple - whole.simple) < 4 * part.stderr
+
+    with monkeypatch.context() as patch:  # while the noise is combined
+        patch.setattr(module, "combinations", interrupting(module.combinations, 0))
+        with pytest.warns(ThermogradWarning, match="upper bound"):
+            part = tg.noise.noise_scale(problem)
+    assert part.simple == whole.simple
+    assert np.isnan(part.curvature_weighted)
+    assert whole.stderr < part.stderr < 3 * whole.stderr
+
+    with monkeypatch.context() as patch:  # while parts of the samples are weighted by their curvature
+        patch.setattr(module, "projections", interrupting(module.projections, 6))
+        with pytest.warns(ThermogradWarning, match="6 of 10 parts"):
+            part = tg.noise.noise_scale(problem)
+    assert part.simple == whole.simple
+    difference = abs(part.curvature_weighted - whole.curvature_weighted)
+    assert 0 < difference < 4 * np.hypot(part.curvature_weighted_stderr, whole.curvature_weighted_stderr)
+
+    monkeypatch.setattr(module, "projections", interrupting(module.projections, 2))
+    with pytest.warns(ThermogradWarning, match="2 of 10 parts"):
+        assert np.isnan(tg.noise.noise_scale(problem).curvature_weighted)
+
+
+@pytest.mark.parametrize(("block", "calls"), [(13, 20), (13, 35), (1000, 7)])
+def test_covariance_of_the_samples_whose_inner_products_are_done(
+    block: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = teacher(samples=60)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(part_of("covariance"), "_KEEP", 0)
+    monkeypatch.setattr(part_of("covariance"), "_DENSE", 0)
+    monkeypatch.setattr(part_of("factors"), "_TILE", 5)
+    monkeypatch.setattr(PerLayer, "block_size", property(lambda self: min(block, self._most)))
+    kind = type(tg.noise.covariance(problem).layers.factors(torch.arange(2))[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "gram", interrupting(kind.gram, calls))
+        with pytest.warns(ThermogradWarning, match="of 60 samples, a random part"):
+            pairs = tg.noise.covariance_eigenpairs(problem, 2, tol=1e-8)
+    assert 2 <= pairs.products < 60
+    true = tg.noise.covariance_eigenpairs(problem, 2, index=order[: pairs.products], tol=1e-8)
+    torch.testing.assert_close(pairs.eigenvalues, true.eigenvalues, rtol=1e-10, atol=0)
+    torch.testing.assert_close(pairs.eigenvectors, true.eigenvectors, rtol=0, atol=1e-7)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "gram", interrupting(kind.gram, calls))
+        with pytest.warns(ThermogradWarning, match="a random part"):
+            spectrum = tg.noise.covariance_spectrum(problem)
+    assert spectrum.samples == pairs.products
+    np.testing.assert_allclose(spectrum.eigenvalues[:2], true.eigenvalues, rtol=1e-10)
+    assert (spectrum.eigenvalues_stderr[:2] > 0).all()
+    monkeypatch.setattr(kind, "gram", interrupting(kind.gram, 0))
+    with pytest.raises(KeyboardInterrupt):
+        tg.noise.covariance_eigenpairs(problem, 2)
+
+
+def test_small_covariance_of_the_samples_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = teacher(samples=60)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(part_of("covariance"), "_KEEP", 0)
+    monkeypatch.setattr(tg.Problem, "gradient_chunk", property(lambda self: 10))
+    true = tg.noise.covariance_eigenpairs(problem, 4, index=order[:40])
+    monkeypatch.setattr(tg.Problem, "sample_gradients", interrupting(tg.Problem.sample_gradients, 4))
+    with pytest.warns(ThermogradWarning, match="40 of 60 samples"):
+        part = tg.noise.covariance_eigenpairs(problem, 4)
+    torch.testing.assert_close(part.eigenvalues, true.eigenvalues, rtol=1e-10, atol=1e-14)
+
+
 def test_an_interrupt_before_anything_is_done_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = teacher(samples=40)
     monkeypatch.setattr(tg.Problem, "sample_gradients", interrupting(tg.Problem.sample_gradients, 0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import thermograd as tg
 from landscape.networks import NAMES, make, teacher
 from thermograd.errors import NonFiniteError
-from thermograd.noise import covariance, covariance_eigenpairs, covariance_spectrum
+from thermograd.noise import covariance, covariance_eigenpairs, covariance_spectrum, factors
 from thermograd.noise import perlayer as module
 from thermograd.noise.gram import centre, leading
 from thermograd.noise.perlayer import PerLayer
@@ -224,7 +224,7 @@ def test_blocks_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyP
     problem = problem_of(name)
     G = gradients(problem)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 8 * problem.P)
-    monkeypatch.setattr(module, "_TILE", 2)
+    monkeypatch.setattr(factors, "_TILE", 2)
     layers = PerLayer(problem)
     assert len(layers.blocks()) > 1
     D = torch.randn(2, problem.P, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -3,6 +3,7 @@ r"""The covariance of per-sample gradients: as an operator, its spectrum, trace 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, ThermogradWarning
 from ..landscape.operators import MatrixOperator, Operator
 from ..landscape.spectrum import Eigenpairs, eigenpairs
 from ..measurement import Measurement, new_axes, quantity
@@ -55,6 +56,7 @@ class Covariance(Operator):
         self._index = torch.cat(problem._blocks(index))
         self.samples = len(self._index)
         self._rows: Tensor | None = None
+        self._order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0)).to(self._index.device)
         self._layers: PerLayer | None = None
         self._mean: Tensor | None = None
 
@@ -65,9 +67,9 @@ class Covariance(Operator):
 
     @property
     def layers(self) -> PerLayer:
-        """The per-sample gradients layer by layer."""
+        """The per-sample gradients layer by layer, in random order: those done at any moment are a random part."""
         if self._layers is None:
-            self._layers = PerLayer(self.problem, self.theta, self._index)
+            self._layers = PerLayer(self.problem, self.theta, self._index[self._order])
         return self._layers
 
     @property
@@ -90,12 +92,29 @@ class Covariance(Operator):
         if self.keeps_gradients:
             rows = self.rows()
             return rows.T @ rows / self.samples
-        total = torch.zeros(self.problem.P, self.problem.P, dtype=self.dtype, device=self.device)
-        shift = self.mean if self.centered else 0.0
-        for _, gradients in gradient_blocks(self.problem, self.theta, self._index, "gradient covariance"):
-            rows = gradients - shift
-            total += rows.T @ rows
-        return total / self.samples
+        matrix, done = self._matrix_so_far()
+        if done < self.samples:
+            raise KeyboardInterrupt
+        return matrix
+
+    def _matrix_so_far(self) -> tuple[Tensor, int]:
+        """The covariance of a random part of the samples, all of them unless interrupted, and how many these are."""
+        shift = self.mean if self.centered else torch.zeros_like(self.theta)
+        state = torch.zeros(self.problem.P, self.problem.P, dtype=self.dtype, device=self.device), shift * 0, 0
+        index = self._index[self._order]
+        try:
+            for block, gradients in gradient_blocks(self.problem, self.theta, index, "gradient covariance"):
+                rows = gradients - shift
+                # whole or not at all, should an interrupt fall between
+                state = torch.addmm(state[0], rows.T, rows), state[1] + rows.sum(0), state[2] + len(block)
+        except KeyboardInterrupt:
+            if state[2] < 2:
+                raise
+        total, sums, done = state
+        matrix = total / done
+        if self.centered and done < self.samples:
+            matrix -= torch.outer(sums / done, sums / done)
+        return matrix, done
 
     def _product(self, block: Tensor) -> Tensor:
         if self.keeps_gradients:
@@ -109,7 +128,21 @@ class Covariance(Operator):
             rows = self.rows()
             return rows @ rows.T / self.samples
         K = self.layers.gram()
-        return (centre(K) if self.centered else K).div_(self.samples)
+        K = (centre(K) if self.centered else K).div_(self.samples)
+        back = self._order.argsort()
+        return K[back][:, back]
+
+    def _gram_so_far(self) -> tuple[Tensor, Covariance]:
+        """Gram matrix in random order and the covariance it belongs to: of the samples done when interrupted."""
+        if self.keeps_gradients:
+            return self.gram(), self
+        K = self.layers.gram_so_far()
+        done: Covariance = self
+        if len(K) < self.samples:
+            done = Covariance(self.problem, self.theta, self.layers.index[: len(K)], self.centered)
+            done._layers = self.layers.first(len(K))
+            _tell(len(K), self.samples)
+        return (centre(K) if self.centered else K).div_(len(K)), done
 
     def trace(self) -> float:
         """The trace, exactly, from the lengths of the per-sample gradients."""
@@ -131,18 +164,22 @@ class Covariance(Operator):
         Raises:
             InputError: both the samples and the weights are too many for a full decomposition.
         """
-        count = min(self.samples, self.problem.P)
-        if min(_DENSE, self.samples) >= self.problem.P:
-            values = torch.linalg.eigvalsh(self._matrix())
-        elif self._gram_bytes <= _GRAM_BYTES:
-            values = torch.linalg.eigvalsh(self.gram())
-        else:
+        if self._few_weights:
+            return _descending(self._matrix(), self.problem.P)
+        self._refuse_large()
+        return _descending(self.gram(), self.problem.P)
+
+    @property
+    def _few_weights(self) -> bool:
+        return min(_DENSE, self.samples) >= self.problem.P
+
+    def _refuse_large(self) -> None:
+        if self._gram_bytes > _GRAM_BYTES:
             raise InputError(
                 f"the full spectrum of {self.samples} samples and {self.problem.P} weights",
                 expected="a Gram matrix of at most 4 GiB",
                 remedy="give index=, or n= to covariance_spectrum, to take fewer samples; or ask for eigenpairs",
             )
-        return values.flip(0)[:count].clamp_min(0)
 
     @property
     def _gram_bytes(self) -> int:
@@ -155,14 +192,24 @@ class Covariance(Operator):
         if not 0 < tol < 1:
             raise InputError(f"tol is {tol}", expected="a number between 0 and 1")
         if self.problem.P <= _DENSE:
-            return eigenpairs(MatrixOperator(self._matrix()), k, tol=tol, seed=seed)
+            return self._by_matrix(int(k), tol, seed)
         if k <= self.samples and self._gram_is_cheaper(int(k)):
-            pairs = self._by_gram(int(k), tol, seed)
-            if bool(pairs.converged.all()):
-                return pairs
-            if self.dtype == torch.float32:  # what rounding leaves: products in float32 would do no better
+            K, done = self._gram_so_far()
+            if k > done.samples:
+                raise KeyboardInterrupt
+            pairs = done._by_gram(K, int(k), tol, seed)
+            # float32 that is not converged shows what rounding leaves: products in float32 would do no better
+            if bool(pairs.converged.all()) or self.dtype == torch.float32 or done is not self:
                 return pairs
         return eigenpairs(self, k, tol=tol, seed=seed)
+
+    def _by_matrix(self, k: int, tol: float, seed: int) -> Eigenpairs:
+        if self.keeps_gradients:
+            return eigenpairs(MatrixOperator(self._matrix()), k, tol=tol, seed=seed)
+        matrix, done = self._matrix_so_far()
+        if done < self.samples:
+            _tell(done, self.samples)
+        return eigenpairs(MatrixOperator(matrix), k, tol=tol, seed=seed)
 
     def cost(self, k: int = 10) -> Cost:
         """What :meth:`eigenpairs` will take, from timing a few samples, before it starts.
@@ -184,13 +231,12 @@ class Covariance(Operator):
             and self.layers.gram_operations <= (4.0 * steps * self.samples * self.problem.P)
         )
 
-    def _by_gram(self, k: int, tol: float, seed: int) -> Eigenpairs:
+    def _by_gram(self, K: Tensor, k: int, tol: float, seed: int) -> Eigenpairs:
         """Eigenpairs of G^T G / N from those of G G^T / N.
 
         The residual of a lifted vector is G^T r / sqrt(N a) for the residual r of the small one, of length
         sqrt(r . K r / a). What rounding adds is measured on random combinations of the lifted vectors.
         """
-        K = self.gram()
         values, vectors, rest = leading(K, k, tol, seed)
         small = torch.finfo(self.dtype).tiny
         floor = 50 * torch.finfo(self.dtype).eps * float(values[0].clamp_min(0))
@@ -224,6 +270,11 @@ class Covariance(Operator):
         seen = ((self @ sums) - ((signs * values) @ V).T).square().sum() / _CHECKS  # mean is the sum over pairs
         excess = float(seen - norms.square().sum())
         return (norms.square() + max(excess, 0.0) / len(V)).sqrt()
+
+
+def _tell(done: int, samples: int) -> None:
+    message = f"interrupted: the gradient covariance is of {done} of {samples} samples, a random part"
+    warnings.warn(message, ThermogradWarning, stacklevel=4)
 
 
 def covariance(problem: Problem, theta: Any = None, index: Any = None, centered: bool = True) -> Covariance:
@@ -275,7 +326,8 @@ def covariance_eigenpairs(
     Exactly, from the N x N Gram matrix of per-sample gradients (made layer by layer, see
     :mod:`thermograd.noise.perlayer`) or from the P x P covariance, whichever is small; by Lanczos on the operator
     otherwise, a block of vectors at a time. In float32 the smaller eigenvalues cannot be had better than the rounding
-    of the largest one; their residuals say how well.
+    of the largest one; their residuals say how well. Ctrl-C while inner products are made leaves the eigenpairs of the
+    covariance of the samples that are done, a random part, with a warning.
 
     Args:
         problem: the problem.
@@ -331,7 +383,8 @@ def covariance_spectrum(
 
     Finite samples also bias the spectrum, large eigenvalues upwards, small ones downwards by order P_eff/n:
     ``eigenvalues_bias`` is the shift that halving the samples adds, which is as large as the remaining one. The trace
-    is unbiased. With all N samples nothing is estimated and all errors are zero.
+    is unbiased. With all N samples nothing is estimated and all errors are zero. Ctrl-C while inner products are made
+    leaves the estimate from the samples that are done, a random part, with a warning.
 
     Args:
         problem: the problem.
@@ -352,16 +405,16 @@ def covariance_spectrum(
     chosen = subsample(problem, index, n, seed)
     population = len(torch.cat(problem._blocks(index)))
     C = Covariance(problem, theta, chosen, centered)
-    count = len(chosen)
-    part = 1 - count / population
+    if len(chosen) == population and C._few_weights:
+        return _exact(_float64(C.spectrum()), population)
+    C._refuse_large()
+    K, done = C._gram_so_far()
+    count, part = done.samples, 1 - done.samples / population
     if part == 0:
-        values = _float64(C.spectrum())
-        return CovarianceSpectrum(values, float(values.sum()), 0.0, np.zeros_like(values), np.zeros_like(values), count)
-    values, errors, lengths = _with_errors(C)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    halves = [
-        _float64(Covariance(problem, theta, chosen[half.sort()[0]], centered).spectrum()) for half in order.chunk(2)
-    ]
+        return _exact(_float64(_descending(K, problem.P)), population)
+    values, errors, lengths = _with_errors(K, problem.P)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(K.device)
+    halves = [_float64(_descending(_of_part(K, half, centered), problem.P)) for half in order.chunk(2)]
     both = min(map(len, halves))
     bias = -values * part  # the halves have no such eigenvalue
     bias[:both] = ((halves[0][:both] + halves[1][:both]) / 2 - values[:both]) * part
@@ -374,11 +427,25 @@ def _float64(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
-def _with_errors(C: Covariance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _exact(values: np.ndarray, count: int) -> CovarianceSpectrum:
+    return CovarianceSpectrum(values, float(values.sum()), 0.0, np.zeros_like(values), np.zeros_like(values), count)
+
+
+def _descending(matrix: Tensor, most: int) -> Tensor:
+    """Eigenvalues of a positive semidefinite matrix, descending; at most so many."""
+    return torch.linalg.eigvalsh(matrix).flip(0)[:most].clamp_min(0)
+
+
+def _of_part(K: Tensor, part: Tensor, centered: bool) -> Tensor:
+    """The Gram matrix of some of the samples from that of all; the mean taken off anew."""
+    own = K[part][:, part] * (len(K) / len(part))
+    return centre(own) if centered else own
+
+
+def _with_errors(K: Tensor, P: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Eigenvalues, their standard errors for an infinite population, and the samples' squared lengths."""
-    n = C.samples
-    count = min(n, C.problem.P)
-    K = C.gram()
+    n = len(K)
+    count = min(n, P)
     lengths = _float64(K.diagonal()) * n
     values, vectors = torch.linalg.eigh(K)
     values, vectors = values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]

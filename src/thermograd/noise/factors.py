@@ -7,6 +7,7 @@ A form stands for a matrix G ``[n, d]`` of per-sample gradients without holding 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "Outer", "Rows", "Tokens"]
+__all__ = ["Factors", "Outer", "Rows", "Tokens", "joined", "tiles"]
 
+_TILE = 128  # samples whose inner products are computed at once
 _WORK = 2**24  # numbers in a temporary array
 _RUN = 256  # samples summed up at once: their part stays in the cache
 
@@ -277,3 +279,31 @@ class Tokens(Factors):
             0, self.sample, (~torch.isfinite(self.signals.sum(1))).to(self.signals.dtype)
         )
         return bad == 0
+
+
+def joined(parts: list[Factors], room: Tensor | None) -> Factors:
+    """Chunks of samples of one entry as one; ``room`` holds the rows already where it was given."""
+    head = parts[0]
+    if room is not None and isinstance(head, Rows):
+        return Rows(head.name, room, head.places, head.turned)
+    if len(parts) == 1:
+        return head
+    if isinstance(head, Rows):
+        rows = torch.cat([p.gradients for p in parts if isinstance(p, Rows)])
+        return Rows(head.name, rows, head.places, head.turned)
+    if isinstance(head, Outer):
+        first = torch.cat([p.first for p in parts if isinstance(p, Outer)])
+        second = torch.cat([p.second for p in parts if isinstance(p, Outer)])
+        return Outer(head.name, first, second, head.place, head.bias)
+    tokens = [p for p in parts if isinstance(p, Tokens)]
+    starts = itertools.accumulate((len(p) for p in tokens), initial=0)
+    sample = torch.cat([p.sample + start for p, start in zip(tokens, starts)])
+    token, signals = torch.cat([p.token for p in tokens]), torch.cat([p.signals for p in tokens])
+    return Tokens(head.name, sample, token, signals, sum(map(len, tokens)), tokens[0].place)
+
+
+def tiles(rows: int, columns: int, same: bool) -> Iterator[tuple[slice, slice]]:
+    """Tiles of rows of a block of inner products; of a symmetric one only what lies left of the diagonal."""
+    for start in range(0, rows, _TILE):
+        stop = min(start + _TILE, rows)
+        yield slice(start, stop), slice(0, stop if same else columns)

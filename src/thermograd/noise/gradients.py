@@ -128,13 +128,26 @@ def _squares_and_products(
     problem: Problem, theta: Tensor, chosen: Tensor, gradient: Tensor, size: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of squared distances and of products with the mean gradient, whose squared length is ``size``."""
-    if by_layers(problem, len(chosen)):
-        layers = PerLayer(problem, theta, chosen)
-        squares = layers.squares().double()
-        if size < _CANCELS * (float(squares.mean()) - size):  # else rounding would be left of the difference
-            along = layers.project(gradient[None])[:, 0].double()
-            yield (squares - 2 * along + size).clamp_min(0), along
-            return
+    if not by_layers(problem, len(chosen)):
+        yield from _from_rows(problem, theta, chosen, gradient)
+        return
+    layers, start = PerLayer(problem, theta, chosen), 0
+    memory = layers.block_size * layers.sample_bytes
+    with bar("lengths of per-sample gradients", len(chosen), bytes=memory) as progress:
+        while start < len(chosen):
+            pieces = layers.block_from(start)
+            squares = torch.stack([piece.squares() for piece in pieces]).sum(0).double()
+            stop = start + len(squares)
+            if size < _CANCELS * (float(squares.mean()) - size):
+                along = torch.stack([piece.project(gradient[None]) for piece in pieces]).sum(0)[:, 0].double()
+                yield (squares - 2 * along + size).clamp_min(0), along
+            else:  # rounding would be left of the difference
+                yield from _from_rows(problem, theta, chosen[start:stop], gradient)
+            start = stop
+            progress.advance(len(squares))
+
+
+def _from_rows(problem: Problem, theta: Tensor, chosen: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for _, rows in gradient_blocks(problem, theta, chosen, "per-sample gradients"):
         yield (rows - gradient).square().sum(1).double(), (rows @ gradient).double()
 

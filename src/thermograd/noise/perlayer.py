@@ -13,6 +13,7 @@ other instead.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from ..landscape.engine import free_memory, out_of_memory
 from ..problem import Problem
 from ..progress import Cost, bar
 from .capture import Use, capture
-from .factors import Factors, Outer, Rows, Tokens
+from .factors import Factors, Outer, Rows, joined, tiles
 from .rules import (
     channels_last,
     conv_rows,
@@ -47,7 +48,6 @@ _BLOCK_BYTES = 2**33  # what the factors of one block of samples may take, when 
 _BLOCK_SHARE = 4  # and at most one over this of the free memory
 _PASS_BYTES = 2**25  # activations of the samples that pass through the network at once: what caches hold is fastest
 _SMALL = 4096  # parameters up to this size are put side by side in one matrix
-_TILE = 128  # samples whose inner products are computed at once
 
 _Result = TypeVar("_Result")
 
@@ -257,7 +257,7 @@ class PerLayer:
                     gathered[i].append(self._assemble(entry, part, uses, out))
                 start += len(part)
                 progress.advance(len(part))
-        pieces = [_joined(parts, room[i]) for i, parts in gathered.items()]
+        pieces = [joined(parts, room[i]) for i, parts in gathered.items()]
         for piece in pieces:
             good = piece.finite()
             if not bool(good.all()):
@@ -269,6 +269,10 @@ class PerLayer:
         """The model calls other layers for other samples: no rule is safe."""
         self.plan = _side_by_side("mapped", self.problem.names, self.places)
         return []
+
+    def block_from(self, start: int) -> list[Factors]:
+        """The factors of as many samples from a position on as memory allows."""
+        return self._within_memory(lambda: self.factors(torch.arange(start, min(start + self.block_size, len(self)))))
 
     def kept(self) -> Iterator[tuple[Tensor, list[Factors]]]:
         """Blocks with their factors; held for the next time when all of them fit in memory."""
@@ -331,23 +335,45 @@ class PerLayer:
 
     def gram(self) -> Tensor:
         """Inner products of all per-sample gradients, ``[N, N]``; half of them are computed, the rest mirrored."""
+        K = self.gram_so_far()
+        if len(K) < len(self):
+            raise KeyboardInterrupt
+        return K
+
+    def gram_so_far(self) -> Tensor:
+        """As :meth:`gram`; after Ctrl-C the inner products of the leading samples that are done, if there are two."""
         return self._within_memory(self._gram)
 
+    def first(self, count: int) -> PerLayer:
+        """The gradients of the first samples alone."""
+        few = copy.copy(self)
+        few.index, few._block, few._most = self.index[:count], None, min(self._most, count)
+        if self._kept is not None:
+            few._kept = [[piece.part(slice(0, count)) for piece in self._kept[0]]]
+        return few
+
     def _gram(self) -> Tensor:
-        n = len(self)
+        n, done = len(self), 0
         K = torch.zeros(n, n, dtype=self.problem.dtype, device=self.problem.device)  # [N, N]
         blocks, size = self.blocks(), self.block_size
         memory = K.numel() * K.element_size() + 2 * size * self.sample_bytes
-        with bar("inner products of per-sample gradients", n * (n + 1) // 2, bytes=memory) as progress:
-            for mine, left in self.kept():
-                for theirs in blocks[: int(mine[0]) // size + 1]:
-                    same = int(mine[0]) == int(theirs[0])
-                    right = left if same else self.factors(theirs)
-                    for a, b in _tiles(len(mine), len(theirs), same):
-                        tile = K[mine[0] + a.start : mine[0] + a.stop, theirs[0] + b.start : theirs[0] + b.stop]
-                        for one, other in zip(left, right):
-                            tile += one.part(a).gram(other.part(b))
-                        progress.advance(tile.numel())
+        try:
+            with bar("inner products of per-sample gradients", n * (n + 1) // 2, bytes=memory) as progress:
+                for mine, left in self.kept():
+                    own = int(mine[0]) // size
+                    for theirs in blocks[: own + 1]:
+                        same = theirs is blocks[own]
+                        right = left if same else self.factors(theirs)
+                        for a, b in tiles(len(mine), len(theirs), same):
+                            tile = K[mine[0] + a.start : mine[0] + a.stop, theirs[0] + b.start : theirs[0] + b.stop]
+                            for one, other in zip(left, right):
+                                tile += one.part(a).gram(other.part(b))
+                            progress.advance(tile.numel())
+                            done = int(mine[0]) + a.stop if same else done  # rows up to here are complete
+        except KeyboardInterrupt:
+            if done < 2:
+                raise
+            n, K = done, K[:done, :done]
         for i, j in itertools.combinations_with_replacement(range(0, n, 1024), 2):
             if i < j:
                 K[i : i + 1024, j : j + 1024] = K[j : j + 1024, i : i + 1024].T
@@ -459,13 +485,6 @@ def _timed(work: Callable[[], Any]) -> float:
     return max(time.perf_counter() - started, 1e-9)
 
 
-def _tiles(rows: int, columns: int, same: bool) -> Iterator[tuple[slice, slice]]:
-    """Tiles of rows of a block of inner products; of a symmetric one only what lies left of the diagonal."""
-    for start in range(0, rows, _TILE):
-        stop = min(start + _TILE, rows)
-        yield slice(start, stop), slice(0, stop if same else columns)
-
-
 def _side_by_side(form: str, names: Sequence[str], places: dict[str, slice]) -> list[_Entry]:
     """Small parameters together in one matrix, large ones on their own; mapped ones all together."""
     size = {name: places[name].stop - places[name].start for name in names}
@@ -476,24 +495,3 @@ def _side_by_side(form: str, names: Sequence[str], places: dict[str, slice]) -> 
 
 def _label(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
-
-
-def _joined(parts: list[Factors], room: Tensor | None) -> Factors:
-    """Chunks of samples of one entry as one; ``room`` holds the rows already where it was given."""
-    head = parts[0]
-    if room is not None and isinstance(head, Rows):
-        return Rows(head.name, room, head.places, head.turned)
-    if len(parts) == 1:
-        return head
-    if isinstance(head, Rows):
-        rows = torch.cat([p.gradients for p in parts if isinstance(p, Rows)])
-        return Rows(head.name, rows, head.places, head.turned)
-    if isinstance(head, Outer):
-        first = torch.cat([p.first for p in parts if isinstance(p, Outer)])
-        second = torch.cat([p.second for p in parts if isinstance(p, Outer)])
-        return Outer(head.name, first, second, head.place, head.bias)
-    tokens = [p for p in parts if isinstance(p, Tokens)]
-    starts = itertools.accumulate((len(p) for p in tokens), initial=0)
-    sample = torch.cat([p.sample + start for p, start in zip(tokens, starts)])
-    token, signals = torch.cat([p.token for p in tokens]), torch.cat([p.signals for p in tokens])
-    return Tokens(head.name, sample, token, signals, sum(map(len, tokens)), tokens[0].place)

@@ -15,7 +15,7 @@ from ..errors import InputError, ThermogradWarning, TooShortError
 from ..landscape.curvature import hessian
 from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
-from ..progress import track
+from ..progress import bar, track
 from ..statistics import power_law
 from .gradients import combinations, deviations, projections, sample_index, subsample
 
@@ -125,6 +125,8 @@ def noise_scale(
     jackknife over ten parts of the samples, whose Hessians, gradients and covariances all take part, with the error
     of the random vectors that estimate what Tr(HC) has outside the leading directions of the noise. With ``n`` of N
     samples they are about the value for all N; with all N about that of a larger population the data are drawn from.
+    After Ctrl-C the samples that are done, a random part, give what they can, with a warning: the simple scale with an
+    upper bound of its error, the weighted one from three parts of the samples on and NaN before.
 
     Near a minimum the gradient vanishes and the ratio says nothing: ``gradient_is_zero`` is then True, a
     subsampled ``simple`` is infinite, and ``lower_bound`` is what can be said.
@@ -149,26 +151,33 @@ def noise_scale(
         raise InputError(f"{count} sample", expected="at least 2, to have a variance")
     part = 1 - count / population  # what remains of the noise in the mean gradient
     gradient = problem.gradient(theta, chosen)  # [P]
-    squares, along, noise = _moments(problem, theta, chosen, gradient, seed)
+    lengths, products = deviations(problem, theta, chosen, gradient)
+    squares, along = lengths.cpu().numpy(), products.cpu().numpy()  # [n]
+    done = len(squares)
+    noise = _noise(problem, theta, chosen, seed) if done == count else None
     total = float(squares.mean()) * count / (count - 1)  # S, over n - 1
     raw = float(gradient.square().sum())
     square = raw - part * total / count
-    trace_c2, _ = _pairs(noise)
+    trace_c2 = total**2 if noise is None else _pairs(noise)[0]  # at most that
     variance = 4 * float(along.var()) / count + 2 * trace_c2 / count**2
     error = math.sqrt(variance)
     zero = raw - total / count < 2 * error
     value = total * (population - 1) / population if part > 0 else float(squares.mean())
     unresolved = (zero and part > 0) or square <= _ZERO * (raw + total)
     influence = squares / value - 2 * along / square if not unresolved and value > 0 else squares
-    relative = math.sqrt(float(influence.var()) / count + 2 * trace_c2 / (count * square) ** 2) if not unresolved else 0
+    relative = math.sqrt(float(influence.var()) / done + 2 * trace_c2 / (count * square) ** 2) if not unresolved else 0
     scatter = math.sqrt(part) if part > 0 else 1.0  # drawn without replacement from the N that are asked about
     simple = math.inf if unresolved else value / square
     weighted, weighted_error = math.inf, math.inf
-    if not unresolved:
-        weighted, weighted_error = _weighted(problem, theta, chosen, gradient, noise, part, scatter)
+    if noise is None:
+        weighted, weighted_error = math.nan, math.nan
+    elif not unresolved:
+        weighted, weighted_error = _weighted(problem, theta, chosen, gradient, noise, population)
     notes = []
     if zero:
         notes.append("the mean gradient is zero within its sampling error: near a minimum the noise scale says little")
+    if math.isnan(weighted):
+        notes.append("interrupted before the curvature-weighted scale was known: it is NaN")
     if math.isinf(weighted) and not unresolved:
         notes.append("curvature along the gradient or Tr(HC) is not positive: no curvature-weighted scale")
     return NoiseScale(
@@ -181,18 +190,19 @@ def noise_scale(
         gradient_square_stderr=error * scatter,
         lower_bound=value / max(square + 2 * error * scatter, 1e-300),
         gradient_is_zero=bool(zero),
-        samples=count,
+        samples=done,
         note="; ".join(notes),
     )
 
 
-def _moments(
-    problem: Problem, theta: Tensor, chosen: Tensor, gradient: Tensor, seed: int
-) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    """|g_i - g|^2 [n], g_i . g [n], and random combinations of the g_i - g that have their covariance, [P, q]."""
-    squares, along = deviations(problem, theta, chosen, gradient)
-    noise = combinations(problem, theta, chosen, _COMBINATIONS, seed)  # [P, q]
-    return squares.cpu().numpy(), along.cpu().numpy(), noise
+def _noise(problem: Problem, theta: Tensor, chosen: Tensor, seed: int) -> Tensor | None:
+    """Random combinations of the g_i - g that have their covariance, [P, q]; None, with a warning, after Ctrl-C."""
+    try:
+        return combinations(problem, theta, chosen, _COMBINATIONS, seed)
+    except KeyboardInterrupt:
+        message = "interrupted: the simple noise scale is returned, with an error that is an upper bound"
+        warnings.warn(message, ThermogradWarning, stacklevel=3)
+        return None
 
 
 def _pairs(noise: Tensor) -> tuple[float, float]:
@@ -205,23 +215,38 @@ def _pairs(noise: Tensor) -> tuple[float, float]:
 
 
 def _weighted(
-    problem: Problem, theta: Tensor, chosen: Tensor, gradient: Tensor, noise: Tensor, part: float, scatter: float
+    problem: Problem, theta: Tensor, chosen: Tensor, gradient: Tensor, noise: Tensor, population: int
 ) -> tuple[float, float]:
     """Tr(H C) / (g H g) on the samples used, with its standard error; infinite where it is not defined.
 
     Everything is projected on a few directions U that hold the gradient, its image under H and most of the noise:
     there all matrices are small and known for each part of the samples. Random vectors estimate the rest of the trace.
+    After Ctrl-C from the parts of the samples that are done, with a warning; NaN where these are fewer than three.
     """
     basis, probes = noise[:, :_BASIS], noise[:, _BASIS:]
-    H = hessian(problem, theta, chosen)
-    U = torch.linalg.qr(torch.cat([gradient[:, None], H @ gradient[:, None], basis], dim=1))[0]  # [P, m]
     random = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
-    parts = [_Part.of(problem, theta, chosen[some.sort()[0]], U) for some in random.chunk(min(_PARTS, len(chosen)))]
+    shares = [some.sort()[0] for some in random.chunk(min(_PARTS, len(chosen)))]
+    parts: list[_Part] = []
+    try:
+        with bar("curvature-weighted noise scale", len(shares) + 2, bytes=_bytes(noise)) as progress:
+            images = hessian(problem, theta, chosen) @ torch.cat([gradient[:, None], probes], dim=1)
+            progress.advance(2)
+            U = torch.linalg.qr(torch.cat([gradient[:, None], images[:, :1], basis], dim=1))[0]  # [P, m]
+            for some in shares:
+                parts.append(_Part.of(problem, theta, chosen[some], U))
+                progress.advance()
+    except KeyboardInterrupt:
+        message = f"interrupted: the curvature-weighted scale is of {len(parts)} of {len(shares)} parts of the samples"
+        warnings.warn(message, ThermogradWarning, stacklevel=3)
+        if len(parts) < min(3, len(shares)):
+            return math.nan, math.nan
+    done = sum(p.count for p in parts)
+    part = 1 - done / population
     rest, rest_error = 0.0, 0.0
     if U.shape[1] < problem.P:
-        forms = (probes * (H @ probes)).sum(0).double().cpu().numpy()  # [q] x.H.x, each with mean Tr(HC)
+        forms = (probes * images[:, 1:]).sum(0).double().cpu().numpy()  # [q] x.H.x, each with mean Tr(HC)
         inside = (U.T @ probes).double().cpu().numpy()  # [m, q]
-        forms -= ((np.sum([p.hessian for p in parts], axis=0) / len(chosen) @ inside) * inside).sum(0)
+        forms -= ((np.sum([p.hessian for p in parts], axis=0) / done @ inside) * inside).sum(0)
         rest, rest_error = float(forms.mean()), float(forms.std(ddof=1)) / math.sqrt(len(forms))
     top, bottom = _ratio(parts, part, rest)
     if bottom <= 0 or top <= 0:
@@ -230,7 +255,13 @@ def _weighted(
     left_out = [_ratio(parts[:i] + parts[i + 1 :], part, rest) for i in range(len(parts))]
     values = np.array([t / b if b > 0 else math.inf for t, b in left_out])
     spread = (len(parts) - 1) * float(((values - values.mean()) ** 2).mean()) if np.isfinite(values).all() else math.inf
+    scatter = math.sqrt(part) if part > 0 else 1.0
     return value, math.hypot(math.sqrt(spread) * scatter, value * rest_error / top)
+
+
+def _bytes(noise: Tensor) -> int:
+    """Memory of the weighted scale: combinations, their images, and as many directions with theirs."""
+    return 4 * noise.numel() * noise.element_size()
 
 
 @dataclass(frozen=True)
