@@ -21,7 +21,7 @@ from .kronecker import Kronecker, principal
 
 __all__ = ["LayerLandscape"]
 
-_LEFT_SHARE = 0.25  # of a layer's memory that its output directions may take
+_LEFT_SHARE = 0.25  # of the memory that output directions may take
 
 
 class LayerLandscape(Constraint):
@@ -78,8 +78,13 @@ class LayerLandscape(Constraint):
                     moments.setdefault(name, _Moments(matrices)).add(matrices)
                 else:
                     matrices.add_squares(single)
+        squares = sum(moment.outputs**2 for moment in moments.values())
+        complete = squares <= _LEFT_SHARE * budget
         for moment in moments.values():
-            moment.choose_bases(budget)
+            left = moment.outputs
+            if not complete:  # each layer's share of the memory by its share of the weights
+                left = min(left, max(1, int(_LEFT_SHARE * budget * len(moment.positions) / problem.P / left)))
+            moment.choose_bases(left, budget)
         for block in _matrices(layers, problem):
             for name, matrices in block.items():
                 if isinstance(matrices, _Gradients):
@@ -176,12 +181,17 @@ class _Moments:
         self.outer = outer if self.outer is None else self.outer + outer
         self.inner = inner if self.inner is None else self.inner + inner
 
-    def choose_bases(self, budget: float) -> None:
-        """All output directions where these are cheap, and as many input directions as the budget could ever hold."""
+    @property
+    def outputs(self) -> int:
+        """Number of the layer's outputs."""
+        assert self.outer is not None
+        return len(self.outer)
+
+    def choose_bases(self, left: int, budget: float) -> None:
+        """So many output directions, and as many input directions as the budget could ever hold."""
         assert self.outer is not None
         assert self.inner is not None
-        out, inputs = len(self.outer), len(self.inner)
-        left = out if math.isinf(budget) else min(out, max(1, int(_LEFT_SHARE * budget / out)))
+        inputs = len(self.inner)
         right = inputs if math.isinf(budget) else min(inputs, max(1, int(budget / (inputs + 2 * left))))
         self.left, self.right = principal(self.outer, left), principal(self.inner, right)
         self.curvature = torch.zeros(left, right, dtype=self.left.dtype, device=self.left.device)
