@@ -41,7 +41,7 @@ def test_sgd_noise(tmp_path):
     outcome = _found("xie/sgd-noise", tmp_path, seeds=2)
     assert _exact_within_errors(outcome, share=0.05) == 6
     prefactor = next(row for row in outcome.rows if "Theorem 3.2, 2π" in row.quantity)
-    assert prefactor.agrees is False  # the Ito equation has 2π / H_a
+    assert prefactor.ours < 0.8 - 4 * prefactor.stderr  # the Ito equation has 2π / H_a
 
 
 def test_the_kernel_of_the_path_tends_to_the_quadrature():

@@ -66,7 +66,7 @@ def register(**facts: Any) -> Callable[[Callable[[Bench], Outcome]], Callable[[B
 def items() -> Mapping[str, Item]:
     """Every item by name, in the order of the papers."""
     # each enters its items
-    from . import mori, mori_networks, xie, xie_kramers, xie_styblinski  # noqa: F401, I001
+    from . import mori, mori_networks, mori_noise, xie, xie_kramers, xie_styblinski  # noqa: F401, I001
     from . import feng_tu, feng_tu_noise, kunin, kunin_networks, kunin_sweeps, corrections  # noqa: F401
 
     return _ITEMS

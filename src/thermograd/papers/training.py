@@ -34,7 +34,7 @@ __all__ = [
 _Array = np.ndarray[Any, Any]
 
 
-def pooled_images(bench: Bench, name: str, samples: int, pool: int) -> tuple[Tensor, Tensor]:
+def pooled_images(bench: Bench, name: str, samples: int | None, pool: int) -> tuple[Tensor, Tensor]:
     """Images averaged over squares of ``pool`` pixels, centred and of unit variance, [N, C, H, W], and classes [N]."""
     images, labels = bench.data(name, samples)
     if images.ndim == 2:  # the digits come flat
