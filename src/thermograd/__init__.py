@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     )
     from .hyperparameters import SGD
     from .laws import check
+    from .prediction.schedule import EquilibrationLR
     from .problem import Problem
     from .trajectory import Directions, Every, Full, Layer, LogSpaced, NoiseScale, Recorder, Scalars, Sketch, open_run
+    from .whatif import predict, validate
 
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "Directions",
+    "EquilibrationLR",
     "Every",
     "Full",
     "Layer",
@@ -55,10 +58,13 @@ __all__ = [
     "noise",
     "open_run",
     "papers",
+    "predict",
+    "prediction",
     "report",
     "simulate",
     "theory",
     "trajectory",
+    "validate",
 ]
 
 # Names are imported on first use, so that `thermograd --help` and `import thermograd` do not wait for torch.
@@ -76,6 +82,9 @@ _WHERE = {
     "Sketch": "trajectory",
     "open_run": "trajectory",
     "check": "laws",
+    "EquilibrationLR": "prediction.schedule",
+    "predict": "whatif",
+    "validate": "whatif",
 }
 
 

@@ -192,6 +192,56 @@ def report(
     return _say_report(compare_html(sheets, out_file or paths[0].parent / "comparison.html"))
 
 
+@app.command(epilog="Example: thermograd predict runs/demo --lr 0.01 --batch-size 256")
+@_explained
+def predict(
+    path: RunFolder,
+    lr: Annotated[list[float] | None, typer.Option(help="Learning rate; may be repeated.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
+    momentum: Annotated[list[float] | None, typer.Option(help="Momentum; may be repeated.")] = None,
+    weight_decay: Annotated[list[float] | None, typer.Option(help="Weight decay; may be repeated.")] = None,
+    sampling: Annotated[str | None, typer.Option(help="replacement, reshuffle or shuffle-once.")] = None,
+    steps: Annotated[int | None, typer.Option(help="How many steps after the change.")] = None,
+    maps: Annotated[bool, typer.Option("--sweep", metavar="", help="Draw maps over rate and batch size.")] = False,
+) -> None:
+    """Predict what a run would do at other hyperparameters, from the run's folder alone.
+
+    The first call measures the run; later ones use what was measured. The page is written to predict.html.
+    """
+    from .whatif_show import predict_and_show
+
+    several = {"lr": lr, "batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay}
+    asked: dict[str, Any] = {
+        name: values[0] if len(values) == 1 else values for name, values in several.items() if values
+    }
+    if sampling is not None:
+        asked["sampling"] = sampling
+    _say_report(predict_and_show(out, path, asked, steps=steps, sweep=maps))
+
+
+@app.command(epilog="Example: thermograd validate runs/demo --replicas 4")
+@_explained
+def validate(
+    path: RunFolder,
+    replicas: Annotated[int, typer.Option(min=2, help="Trainings of each setting.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Steps of each training.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the minibatches.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", metavar="", help="Predict and train anew.")] = False,
+) -> None:
+    """Branch a run, really train at sixteen settings, and compare with predictions frozen beforehand.
+
+    An interrupted validation goes on where it stopped when the same command is given again.
+    """
+    from .whatif_show import validate_and_show
+
+    try:
+        _say_report(validate_and_show(out, path, replicas=replicas, steps=steps, seed=seed, fresh=fresh))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Interrupted; finished trainings are kept. Go on with: {_program()} validate {path}"
+        ) from None
+
+
 @app.command(epilog="Example: thermograd laws weight_variance")
 @_explained
 def laws(

@@ -53,6 +53,9 @@ class Networks(Measurement):
     learning_rate: Array | None = quantity("replica", units="1", long_name="learning rate", default=None)
     batch_size: Buffer | None = quantity("replica", units="1", long_name="batch size", default=None)
     partial: bool = False
+    squared_norm: Array | None = quantity(
+        "replica", "step", units="weight^2", long_name="squared norm of the weights", default=None
+    )
     _primary = "loss"
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -192,7 +195,7 @@ class _Training:
 
     def __init__(
         self, problem: Problem, sgd: SGD, replicas: int, lr: ArrayLike | None, batch_size: ArrayLike | None, seed: int,
-        start: Any,
+        start: Any, velocity: Any = None,
     ):  # fmt: skip
         self.sgd, self.problem = sgd, problem
         rates = _each(lr, sgd.lr, replicas, "lr")
@@ -209,8 +212,9 @@ class _Training:
             )
         theta = _start(problem, start, replicas, seed)
         zero = torch.zeros_like(theta)
+        buffer = zero if velocity is None else -_rows(problem, velocity, replicas, "velocity")
         lr_column = torch.as_tensor(rates, dtype=problem.dtype, device=problem.device)[:, None]
-        self.state = _State(theta, zero, lr_column, zero)
+        self.state = _State(theta, buffer, lr_column, buffer)
         self.stream = _Minibatches(problem.N, batch, sgd.sampling, np.arange(replicas), seed)
         self.rates, self.batch = rates, batch
         try:
@@ -267,14 +271,19 @@ def _start(problem: Problem, start: Any, replicas: int, seed: int) -> Tensor:
                 f"start is {start!r}", expected="None, weights [P] or [R, P], or 'fresh' for a problem that has a model"
             )
         return _fresh(problem, replicas, seed)
-    theta = problem.theta if start is None else torch.as_tensor(np.asarray(start) if isinstance(start, list) else start)
-    theta = theta.detach().to(problem.device, problem.dtype)
-    if theta.shape not in ((problem.P,), (replicas, problem.P)) or not bool(torch.isfinite(theta).all()):
+    return _rows(problem, problem.theta if start is None else start, replicas, "start")
+
+
+def _rows(problem: Problem, given: Any, replicas: int, name: str) -> Tensor:
+    """One vector for each replica, [R, P], from one for all or one for each."""
+    rows = torch.as_tensor(np.asarray(given) if isinstance(given, list) else given)
+    rows = rows.detach().to(problem.device, problem.dtype)
+    if rows.shape not in ((problem.P,), (replicas, problem.P)) or not bool(torch.isfinite(rows).all()):
         raise DataError(
-            f"start has shape {tuple(theta.shape)}",
-            expected=f"finite weights [{problem.P}] or [{replicas}, {problem.P}]",
+            f"{name} has shape {tuple(rows.shape)}",
+            expected=f"finite numbers [{problem.P}] or [{replicas}, {problem.P}]",
         )
-    return theta.expand(replicas, problem.P).clone()
+    return rows.expand(replicas, problem.P).clone()
 
 
 def _fresh(problem: Problem, replicas: int, seed: int) -> Tensor:
@@ -306,6 +315,7 @@ def networks(
     seed: int = 0,
     record_every: int | None = None,
     start: Any = None,
+    velocity: Any = None,
     keep_weights: bool = False,
 ) -> Networks:
     r"""Train many copies of a small network at once, each with its own seed, learning rate and batch size.
@@ -324,11 +334,12 @@ def networks(
         seed: of all random numbers.
         record_every: optimizer steps between recorded losses over all samples; default only the first and the last.
         start: first weights [P] or [R, P]; default where the model stands; ``"fresh"`` initialises each replica anew.
+        velocity: minus the momentum buffer at the start, [P] or [R, P]; default zero.
         keep_weights: also record the weights of all replicas at the recorded steps.
 
     Returns:
-        ``.step`` [T], ``.loss`` [R, T], ``.theta`` and ``.velocity`` [R, P] at the end. After Ctrl-C the rows recorded
-        by then, and ``.partial`` is True.
+        ``.step`` [T], ``.loss`` [R, T], ``.squared_norm`` likewise, ``.theta`` and ``.velocity`` [R, P] at the end.
+        After Ctrl-C the rows recorded by then, and ``.partial`` is True.
 
     Raises:
         HyperparameterError: no or impossible learning rates or batch sizes.
@@ -345,13 +356,14 @@ def networks(
     every = record_every or steps
     check_counts(steps=steps, replicas=replicas, record_every=every, seed=seed)
     sgd = _hyperparameters(sgd, lr)
-    training = _Training(problem, sgd, replicas, lr, batch_size, seed, start)
+    training = _Training(problem, sgd, replicas, lr, batch_size, seed, start, velocity)
     losses, kept, partial, alive = (
         [training.loss(training.state.theta)],
         [training.state.theta],
         False,
         np.arange(replicas),
     )
+    norms = [training.state.theta.square().sum(1)]
     training.check(losses[0], alive)
     began = time.monotonic()
     try:
@@ -359,6 +371,7 @@ def networks(
             for k, _ in enumerate(training.steps(steps - steps % every), 1):
                 if k % every == 0:
                     losses.append(training.loss(training.state.theta))
+                    norms.append(training.state.theta.square().sum(1))
                     training.check(losses[-1], alive)
                     if keep_weights:
                         kept.append(training.state.theta)
@@ -380,6 +393,7 @@ def networks(
         training.rates,
         training.batch,
         partial,
+        torch.stack(norms, 1).cpu().numpy(),
     )
 
 

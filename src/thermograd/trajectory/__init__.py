@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .autocorrelation import Autocorrelation, autocorrelation
 from .diffusion import Diffusion, diffusion
+from .equilibration import Equilibration
 from .multitau import MultiTau, OnlineMSD
 from .parts import Directions, Every, Full, Layer, LogSpaced, NoiseScale, Scalars, Sketch
 from .pca import PCA, pca
@@ -20,6 +21,7 @@ __all__ = [
     "Autocorrelation",
     "Diffusion",
     "Directions",
+    "Equilibration",
     "Every",
     "FrequentDirections",
     "Full",

@@ -18,6 +18,7 @@ from ..errors import InputError, ModelError, StoreError, ThermogradWarning
 from ..hyperparameters import SGD, Sampling
 from ..problem import refuse_coupling
 from .backward import BackwardListener
+from .equilibration import WatchesEquilibrium
 from .interrupts import HeldInterrupt
 from .noise_meter import NoiseMeter, is_adaptive
 from .opening import facts_of, groups_of, open_store
@@ -47,7 +48,7 @@ _SECONDS = 10.0  # between flushes: each takes some 40 ms of a core, however lit
 _REMOTE_SECONDS = 30.0  # between flushes where each takes many round trips
 
 
-class Recorder(AbstractContextManager["Recorder"]):
+class Recorder(WatchesEquilibrium, AbstractContextManager["Recorder"]):
     r"""Records a training run: ``with Recorder(path, problem, optimizer): train_as_usual()``.
 
     It attaches to the optimizer's step hooks, so that the loop stays as it is. Each recorded row holds the weights
@@ -93,6 +94,7 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     Attributes:
         step: steps counted so far.
+        equilibrated: whether training at this learning rate has equilibrated, tested live once it is asked for.
 
     Raises:
         StoreError: the run exists and must not be touched, holds another kind of rows, is being written by another
@@ -279,6 +281,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not self._begun:
             self._begin()
         self._interrupt.hold()  # until the step is recorded
+        self._watch_before()
         due = [axis for axis in self._axes.values() if axis.schedule.due(self.step + 1)]
         self._rates = [float(group["lr"]) for group in optimizer.param_groups] if due else None
         for axis in due:
@@ -329,6 +332,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _record(self, optimizer: torch.optim.Optimizer) -> None:
         self.step += 1
         loss = self._listener.take()
+        self._watch_after(loss)
         self._sampling.end_step()
         rates, self._rates = self._rates, None
         if rates is not None:

@@ -1,0 +1,268 @@
+"""Measuring of a run what predictions need, once: the result is kept in the run's store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import landscape, noise
+from ..errors import InputError, StoreError, TooShortError
+from ..hyperparameters import SGD
+from ..progress import bar
+from ..theory.arrays import Array
+from ..trajectory import open_run, write_group
+from .descent import Descent, descend
+from .forecast import Forecast
+from .modes import Modes, measure_modes
+from .standing import Standing, stand
+
+if TYPE_CHECKING:
+    import xarray
+
+    from ..problem import Problem
+
+__all__ = ["flows_for", "measure"]
+
+_GROUP, _FORMAT = "prediction", 1
+_LONGER = 4.0  # how much longer than the run's own time the flow from the last weights is followed
+_LEAST_STEPS, _EPOCHS = 2000, 25
+_DIRECTIONS = 5  # along which the loss is compared with a parabola
+_DEVIATION = 0.5  # relative deviation from the parabola that ends the quadratic region
+
+
+def default_steps(sgd: SGD, recorded: int) -> int:
+    """Steps that predictions look ahead: 2000 or 25 epochs, whichever is more, at most the recorded steps."""
+    return int(min(max(_LEAST_STEPS, round(_EPOCHS * sgd.steps_per_epoch)), max(recorded, 100)))
+
+
+def measure(
+    run: Any,
+    problem: Problem,
+    *,
+    theta: Any = None,
+    velocity: Any = None,
+    sgd: SGD | None = None,
+    steps: int | None = None,
+    drop_last: bool = False,
+    seed: int = 0,
+) -> Forecast:
+    """Measure where a run stands, the noise-free flow from there, curvature and noise there and along the run.
+
+    What is found is written into the run's store and used again as long as the last weights and the options are the
+    same.
+
+    Args:
+        run: a run's folder or its open tree (then nothing is kept).
+        problem: the network with all weights that were trained, its loss and data.
+        theta: last weights; velocity: minus the momentum buffer; sgd: hyperparameters; see
+            :func:`~thermograd.prediction.standing.stand`.
+        velocity: see theta.
+        sgd: see theta.
+        steps: how far ahead predictions look; default 2000 or 25 epochs, at most the recorded steps.
+        drop_last: whether short last batches are dropped.
+        seed: of every random draw.
+
+    Raises:
+        InputError, TooShortError, DivergedError: the run cannot be predicted from; the message says why.
+    """
+    if steps is not None and (steps < 20 or int(steps) != steps):
+        raise InputError(f"steps is {steps}", expected="a whole number of steps, at least 20")
+    before = torch.get_num_threads()
+    if problem.P < 20_000:  # handing work of small networks to other threads costs more than it saves
+        torch.set_num_threads(1)
+    try:
+        with bar("measuring for predictions", 3) as progress:
+            return _measure(run, problem, theta, velocity, sgd, steps, drop_last, seed, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    run: Any, problem: Problem, theta: Any, velocity: Any, sgd: SGD | None, steps: int | None, drop_last: bool,
+    seed: int, progress: bar,
+) -> Forecast:  # fmt: skip
+    kept = _kept(run)
+    key = _key(problem, theta, sgd, steps, drop_last, seed, run)
+    if kept is not None and kept.attrs.get("key") == key:
+        return _load(kept, problem)
+    standing = stand(run, problem, theta=theta, velocity=velocity, sgd=sgd, drop_last=drop_last, seed=seed)
+    progress.advance(1, "following the flow without noise")
+    sgd = standing.sgd
+    ahead = steps or default_steps(sgd, 2 * standing.rows)
+    if ahead < 20:
+        raise TooShortError(f"predictions look {ahead} steps ahead", expected="at least 20")
+    here, mean = flows_for(standing, sgd.weight_decay, ahead)
+    progress.advance(1, "measuring curvature and noise")
+    cold, hot = measure_modes(problem, mean.theta, standing.points, seed)
+    progress.advance()
+    forecast = Forecast(standing, cold, hot, {sgd.weight_decay: (here, mean)}, ahead)
+    forecast.fits = _facts(forecast)
+    if isinstance(run, str | os.PathLike) and "://" not in str(run):
+        write_group(run, _GROUP, _saved(forecast, key))
+    return forecast
+
+
+def flows_for(standing: Standing, weight_decay: float, steps: int) -> tuple[Descent, Descent]:
+    """Noise-free flows under a weight decay, from the last weights and from the mean of the run."""
+    problem, time = standing.problem, steps * standing.sgd.effective_lr
+    pairs = landscape.eigenpairs(landscape.hessian(problem, standing.theta), k=1, tol=1e-2)
+    top = max(float(pairs.eigenvalues[0]), 1e-8) + weight_decay
+    return (
+        descend(problem, weight_decay, standing.theta, _LONGER * time, top),
+        descend(problem, weight_decay, standing.centre, time, top),
+    )
+
+
+def _facts(forecast: Forecast) -> dict[str, Any]:
+    """Scalars and the quadratic region: how far along the sharpest directions the loss stays a parabola."""
+    standing, hot = forecast.standing, forecast.hot
+    problem, sgd = standing.problem, standing.sgd
+    losses = problem.sample_losses(standing.centre).double()
+    gradient = problem.gradient(standing.theta).double()
+    exact = hot.exact[:_DIRECTIONS]
+    curvature = hot.curvature[exact] + sgd.weight_decay
+    spread = np.sqrt(forecast.variances(sgd, hot)[exact])
+    good = (curvature > 0) & (spread > 0)
+    widths = np.full(len(exact), np.nan)
+    if good.any():
+        vectors = hot.vectors[:, : len(exact)][:, torch.as_tensor(good)]
+        widths[good] = _quadratic_region(standing, vectors, spread[good])
+    return {
+        "sample_loss_variance": float(losses.var(unbiased=False)),
+        "gradient_noise_scale": float(
+            noise.strength(problem, standing.theta).value / max(float(gradient.square().sum()), 1e-300)
+        ),
+        "quadratic_width": widths,
+        "quadratic_curvature": curvature,
+    }
+
+
+def _quadratic_region(standing: Standing, vectors: Tensor, spread: Array) -> Array:
+    """Largest displacement along each direction up to which the loss is a parabola within the tolerance."""
+    sizes = np.geomspace(0.5, 60, 15)  # in standard deviations of the run
+    grid = np.concatenate([[0.0], sizes, -sizes])[None, :] * spread[:, None]
+    found = landscape.loss_along(
+        standing.problem, vectors, grid, standing.centre, weight_decay=standing.sgd.weight_decay
+    ).losses
+    count = len(sizes)
+    even = found[:, 1 : 1 + count] + found[:, 1 + count :] - 2 * found[:, :1]  # [k, m]
+    ratio = even / (grid[:, 1 : 1 + count] ** 2)
+    start = np.median(ratio[:, :3], axis=1, keepdims=True)
+    off = np.abs(ratio / start - 1) > _DEVIATION
+    first = np.where(off.any(1), off.argmax(1), count - 1)
+    return np.abs(grid[np.arange(len(grid)), 1 + first])
+
+
+# ---------------------------------------------------------------------- keeping it
+
+
+def _key(problem: Problem, theta: Any, sgd: SGD | None, steps: int | None, drop_last: bool, seed: int, run: Any) -> str:
+    """What a kept measurement must have been made from."""
+    digest = hashlib.sha256()
+    if theta is not None:
+        digest.update(problem.as_theta(theta).double().cpu().numpy().tobytes())
+    tree = open_run(run)
+    end = dict(tree["trajectory"].attrs.get("end", {})) if "trajectory" in tree.children else {}
+    settings = [_FORMAT, end, sgd.to_dict() if sgd else None, steps, drop_last, seed, problem.P, problem.N]
+    settings.append(str(problem.dtype))
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _kept(run: Any) -> xarray.Dataset | None:
+    if not isinstance(run, str | os.PathLike):
+        return None
+    try:
+        tree = open_run(run)
+    except StoreError:
+        raise
+    return tree[_GROUP].to_dataset() if _GROUP in tree.children else None
+
+
+_MODE_ARRAYS = ("curvature", "energy", "coloured", "white", "probe")
+
+
+def _saved(forecast: Forecast, key: str) -> xarray.Dataset:
+    import xarray
+
+    variables: dict[str, Any] = {}
+    for name, modes in (("cold", forecast.cold), ("hot", forecast.hot)):
+        for array in _MODE_ARRAYS:
+            variables[f"{name}_{array}"] = (f"{name}_mode", getattr(modes, array))
+        variables[f"{name}_vectors"] = (("weight", f"{name}_sharp"), modes.vectors.cpu().numpy())
+    standing = forecast.standing
+    for name in ("theta", "velocity", "centre"):
+        variables[name] = ("weight", getattr(standing, name).cpu().numpy())
+    variables["losses"] = ("look", standing.losses)
+    for name, flow in zip(("here", "mean"), forecast.flows[standing.sgd.weight_decay], strict=True):
+        variables[f"{name}_time"], variables[f"{name}_loss"] = (
+            (f"{name}_point", flow.time),
+            (f"{name}_point", flow.loss),
+        )
+        variables[f"{name}_end"] = ("weight", flow.theta.cpu().numpy())
+    fits = forecast.fits
+    for name in ("quadratic_width", "quadratic_curvature"):
+        variables[name] = ("direction", np.asarray(fits[name]))
+    attrs = {
+        "key": key,
+        "sgd": json.dumps(standing.sgd.to_dict()),
+        "rows": standing.rows,
+        "continued": int(standing.continued),
+        "drop_last": int(standing.drop_last),
+        "steps": forecast.steps,
+        "probes": json.dumps([forecast.cold.probes, forecast.hot.probes]),
+        "gradient_norms": json.dumps([flow.gradient_norm for flow in forecast.flows[standing.sgd.weight_decay]]),
+        **{name: float(fits[name]) for name in ("sample_loss_variance", "gradient_noise_scale")},
+        "description": "curvature, noise and noise-free flow that predictions start from",
+    }
+    return xarray.Dataset(variables, attrs=attrs)
+
+
+def _load(kept: xarray.Dataset, problem: Problem) -> Forecast:
+    def weights(name: str) -> Tensor:
+        return torch.as_tensor(kept[name].values).to(problem.device, problem.dtype)
+
+    attrs = kept.attrs
+    probes = json.loads(attrs["probes"])
+    cold, hot = (
+        Modes(
+            **{array: kept[f"{name}_{array}"].values for array in _MODE_ARRAYS},
+            probes=count,
+            vectors=weights(f"{name}_vectors"),
+        )
+        for name, count in zip(("cold", "hot"), probes, strict=True)
+    )
+    sgd = SGD.from_dict(json.loads(attrs["sgd"]))
+    standing = Standing(
+        problem, sgd, weights("theta"), weights("velocity"), weights("centre"), (), kept["losses"].values,
+        int(attrs["rows"]), bool(attrs["continued"]), bool(attrs["drop_last"]),
+    )  # fmt: skip
+    norms = json.loads(attrs["gradient_norms"])
+    here, mean = (
+        Descent(kept[f"{name}_time"].values, kept[f"{name}_loss"].values, weights(f"{name}_end"), norm)
+        for name, norm in zip(("here", "mean"), norms, strict=True)
+    )
+    forecast = Forecast(standing, cold, hot, {sgd.weight_decay: (here, mean)}, int(attrs["steps"]))
+    forecast.fits = {
+        **{name: kept[name].values for name in ("quadratic_width", "quadratic_curvature")},
+        **{name: float(attrs[name]) for name in ("sample_loss_variance", "gradient_noise_scale")},
+    }
+    return forecast
+
+
+def run_folder(run: Any) -> Path:
+    """The folder of a run given by its path.
+
+    Raises:
+        InputError: something else was given.
+    """
+    if not isinstance(run, str | os.PathLike):
+        raise InputError(f"the run is a {type(run).__name__}", expected="the path of its folder")
+    return Path(run)

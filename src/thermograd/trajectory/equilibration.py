@@ -1,0 +1,244 @@
+r"""Whether a run in progress has equilibrated, from a stream: fluctuation-dissipation and drift of the loss.
+
+Since the weights came to rest (or the learning rate was last changed), n steps ago, steps are divided into windows
+whose lengths grow with n, so that each window is a fixed part of all steps taken at this learning rate. At the end of a
+window two numbers are tested:
+
+* the share of the motion that wanders off,
+
+  .. math:: w = \frac{(1-\beta)\,\Delta D}{(1+\beta)\,\sum_k\|\theta_k-\theta_{k-1}\|^2},
+      \qquad D = \|\theta - c\|^2,
+
+  which is what the two sides of the fluctuation-dissipation identity of a stationary state (Yaida 2018; with momentum
+  as in :func:`thermograd.trajectory.stationarity`) differ by, one side over the other. c is the mean of the window's
+  first quarter; both sides telescope, so that D at a few times and a sample of squared steps are enough;
+* the change of the minibatch loss across the window, relative to its mean.
+
+Both are tests of *equivalence*: the run counts as equilibrated when both are shown to lie within their tolerances, not
+when a drift merely cannot be seen. Slopes are fitted to ten block means, and a confidence bound (Student's t, 8
+degrees of freedom) has to lie within the tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from ..errors import InputError, StoreError
+
+__all__ = ["Equilibration", "WatchesEquilibrium"]
+
+_BLOCKS = 10
+_SAMPLES = 400  # weights looked at in a window
+
+
+class Equilibration:
+    """Streaming test of whether training at the present learning rate has equilibrated.
+
+    It holds two vectors of P numbers and some hundred scalars. Weights are looked at in some 400 steps of each window, the
+    loss at each step.
+
+    Args:
+        least: steps of the first window.
+        growth: length of a window over all steps before it, since the last reset.
+        tolerance: largest change of the loss across a window, relative to its mean, that still counts as none.
+        wander_tolerance: the same for the share of the motion that wanders off.
+        false_alarm: probability that one window of a run whose drift is as large as the tolerance is called
+            equilibrated: the level of each of the two tests, both of which have to pass.
+
+    Raises:
+        InputError: a setting out of range.
+
+    >>> meter, rng, theta = Equilibration(least=400), np.random.default_rng(0), np.zeros(50)
+    >>> for k in range(4000):
+    ...     before, theta = theta, 0.9 * theta + rng.standard_normal(50)
+    ...     meter.add(torch.tensor(before), torch.tensor(theta), loss=1 + 0.001 * float(theta @ theta), momentum=0.0)
+    >>> meter.equilibrated
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        least: int = 400,
+        growth: float = 0.5,
+        tolerance: float = 0.05,
+        wander_tolerance: float = 0.1,
+        false_alarm: float = 0.05,
+    ):
+        for name, value, fine in (
+            ("least", least, least >= 40),
+            ("growth", growth, growth > 0),
+            ("tolerance", tolerance, tolerance > 0),
+            ("wander_tolerance", wander_tolerance, wander_tolerance > 0),
+            ("false_alarm", false_alarm, 0 < false_alarm < 0.5),
+        ):
+            if not (fine and math.isfinite(value)):
+                raise InputError(
+                    f"{name} is {value}", expected="least >= 40, tolerances > 0, 0 < false_alarm < 0.5, growth > 0"
+                )
+        self.least, self.growth, self.tolerance = int(least), float(growth), float(tolerance)
+        self.wander_tolerance, self.false_alarm = float(wander_tolerance), float(false_alarm)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, as after a change of the learning rate."""
+        self.steps = 0
+        self.equilibrated = False
+        self.windows = 0
+        self.wander: tuple[float, float] | None = None  # of the last whole window: value, bound
+        self.drift: tuple[float, float] | None = None
+        self._open_window(self.least)
+
+    def _open_window(self, length: int) -> None:
+        self._length, self._taken = length, 0
+        self._stride = max(1, length // _SAMPLES)
+        self._centre: Tensor | None = None
+        self._centred = 0
+        self._distance: list[tuple[int, float]] = []
+        self._moves: list[float] = []
+        self._losses: list[float] = []
+        self._momentum = 0.0
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the weights before and after the coming step are looked at."""
+        return self._taken % self._stride == 0
+
+    def add(self, before: Tensor | None, after: Tensor | None, loss: float | None, momentum: float) -> None:
+        """Take one step into account.
+
+        Args:
+            before: weights before the step [P], where :attr:`wants_weights`; else None.
+            after: weights after it.
+            loss: minibatch loss of the step, None where it is not known (then the weights alone decide).
+            momentum: of the step.
+        """
+        if before is not None and after is not None:
+            self._look(before, after)
+        if loss is not None:
+            self._losses.append(float(loss))
+        self._momentum = float(momentum)
+        self._taken += 1
+        self.steps += 1
+        if self._taken == self._length:
+            self._close_window()
+
+    def _look(self, before: Tensor, after: Tensor) -> None:
+        if self._taken < self._length // 4 or self._centre is None:
+            self._centred += 1
+            if self._centre is None:
+                self._centre = after.detach().clone()
+            else:
+                self._centre += (after.detach() - self._centre) / self._centred
+            return
+        self._distance.append((self._taken, float((after - self._centre).double().square().sum())))
+        self._moves.append(float((after - before).double().square().sum()))
+
+    def _close_window(self) -> None:
+        self.windows += 1
+        quantile = float(stdtrit(_BLOCKS - 2, 1 - self.false_alarm))
+        self.wander = self._wander(quantile)
+        self.drift = self._drift(quantile)
+        within = self.wander is not None and self.wander[1] <= self.wander_tolerance
+        self.equilibrated = within and (self.drift is None or self.drift[1] <= self.tolerance)
+        self._open_window(max(self.least, round(self.growth * self.steps)))
+
+    def _wander(self, quantile: float) -> tuple[float, float] | None:
+        if len(self._distance) < 2 * _BLOCKS:
+            return None
+        at = np.array([step for step, _ in self._distance], float)
+        change, error = _change(np.array([d for _, d in self._distance]))
+        scale = (at[-1] - at[0] + self._stride) * float(np.mean(self._moves)) * (1 + self._momentum)
+        if not scale > 0:
+            return None
+        value, error = ((1 - self._momentum) * x / scale for x in (change, error))
+        return _bounded(value, error, quantile)
+
+    def _drift(self, quantile: float) -> tuple[float, float] | None:
+        if len(self._losses) < self._length:  # not known at every step
+            return None
+        losses = np.array(self._losses)
+        change, error = _change(losses)
+        mean = abs(float(losses.mean()))
+        return _bounded(change / mean, error / mean, quantile) if mean > 0 else (0.0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, for a checkpoint."""
+        return copy.deepcopy(self.__dict__)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            StoreError: the state is of something else.
+        """
+        if set(state) != set(self.__dict__):
+            raise StoreError("the state is not that of an equilibration test", expected="what state_dict() returned")
+        self.__dict__.update(copy.deepcopy(dict(state)))
+
+
+def _change(series: np.ndarray) -> tuple[float, float]:
+    """Change of a series from end to end along the line through ten block means, and its standard error."""
+    blocks = np.array([part.mean() for part in np.array_split(series, _BLOCKS)])
+    time = (np.arange(_BLOCKS) - (_BLOCKS - 1) / 2) / _BLOCKS
+    slope = time @ blocks / (time @ time)
+    rest = blocks - blocks.mean() - slope * time
+    return float(slope), float(np.sqrt(rest @ rest / (_BLOCKS - 2) / (time @ time)))
+
+
+def _bounded(value: float, error: float, quantile: float) -> tuple[float, float]:
+    """A number and the bound on its size; a number that is not finite is bounded by nothing."""
+    bound = float(abs(value) + quantile * error)
+    return float(value), bound if math.isfinite(bound) else math.inf
+
+
+class WatchesEquilibrium:
+    """What a recorder needs to say live whether training has equilibrated."""
+
+    optimizer: torch.optim.Optimizer
+    _weights: Callable[[], Tensor]
+    _equilibration: Equilibration | None = None
+    _weights_before: Tensor | None = None
+
+    @property
+    def equilibration(self) -> Equilibration:
+        """The streaming test of equilibrium, begun when first asked for."""
+        if self._equilibration is None:
+            self._equilibration = Equilibration()
+        return self._equilibration
+
+    @equilibration.setter
+    def equilibration(self, test: Equilibration) -> None:
+        self._equilibration = test
+
+    @property
+    def equilibrated(self) -> bool:
+        """Whether training at the present learning rate has equilibrated, as of the last whole window of steps.
+
+        False until a window has shown it. Asking for it begins the test (see
+        :class:`~thermograd.trajectory.Equilibration`; assign one with other settings to ``recorder.equilibration``): a
+        window whose loss still changes by the tolerance (5%) is called equilibrated with a probability of at most 5%.
+        """
+        return self.equilibration.equilibrated
+
+    def _watch_before(self) -> None:
+        if self._equilibration is not None:
+            self._weights_before = self._weights() if self._equilibration.wants_weights else None
+
+    def _watch_after(self, loss: Any) -> None:
+        if self._equilibration is None:
+            return
+        before, self._weights_before = self._weights_before, None
+        after = None if before is None else self._weights()
+        group = self.optimizer.param_groups[0]
+        momentum = float(group.get("momentum", 0.0) or 0.0)
+        value = None if loss is None else float(loss)
+        self._equilibration.add(before, after, value, momentum)

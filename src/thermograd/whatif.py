@@ -1,0 +1,157 @@
+"""What-if questions to a run's folder: the problem, last weights and momentum come from the folder itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import config as configuration
+from .building import build
+from .errors import ConfigError, InputError, StoreError
+from .prediction import Predictions, predictions
+from .prediction import predict as predict_measured
+from .prediction.validation import Validation
+from .prediction.validation import validate as validate_measured
+from .runfolder import CONFIG, is_complete, read_checkpoint
+
+if TYPE_CHECKING:
+    import xarray
+
+    from .problem import Problem
+
+__all__ = ["measured_run", "predict", "validate"]
+
+VALIDATION = "validation"
+
+
+def measured_run(run: Any, problem: Problem | None = None, *, steps: int | None = None, **options: Any) -> Predictions:
+    """A run ready to be asked: rebuilt from its folder, measured (or read, where that was done before).
+
+    Args:
+        run: folder of a run made by ``thermograd run`` or ``thermograd demo``; with ``problem`` any recorded run.
+        problem: for a run of your own loop: the network with all trained weights, its loss and data.
+        steps: how many steps ahead predictions look.
+        options: see :func:`thermograd.prediction.measure`.
+
+    Raises:
+        StoreError: no such run, or it is not trained to its end.
+        InputError: a run without configuration and no problem, another optimizer than SGD, a schedule.
+    """
+    if problem is None:
+        rebuilt, state = _rebuild(run)
+        problem, options = rebuilt, {**state, **options}
+    return predictions(run, problem, steps=steps, **options)
+
+
+def _rebuild(run: Any) -> tuple[Problem, dict[str, Any]]:
+    """The problem with all weights, and the state that training ended in."""
+    if not isinstance(run, str | os.PathLike):
+        raise InputError(f"the run is a {type(run).__name__}", expected="the path of a run's folder, or a problem too")
+    folder = Path(run)
+    if not folder.is_dir():
+        raise StoreError(f"{folder} does not exist", expected="the folder of a run", remedy="check the path")
+    if not (folder / CONFIG).is_file():
+        raise StoreError(
+            f"{folder} has no {CONFIG}",
+            expected="a run made by `thermograd run` or `thermograd demo`",
+            remedy="for a run of your own loop, pass its problem in Python",
+        )
+    if not is_complete(folder):
+        raise StoreError(f"the run in {folder} is not trained to its end", remedy="resume it first")
+    config = configuration.load(folder / CONFIG)
+    if not config.optimizer.is_sgd:
+        raise ConfigError(f"the run was trained by {config.optimizer.name}", expected="sgd, which can be predicted")
+    if config.training.schedule is not None:
+        raise ConfigError("the run has a learning-rate schedule", expected="a constant learning rate")
+    saved = read_checkpoint(folder)
+    assert saved is not None
+    experiment = build(config.replace("training", record=None))
+    problem, optimizer = experiment.problem, experiment.optimizer
+    assert problem.model is not None
+    problem.model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    parameters = dict(problem.model.named_parameters())
+    buffers: dict[str, Tensor] = {}
+    for name in problem.names:
+        kept = optimizer.state[parameters[name]].get("momentum_buffer")
+        buffers[name] = torch.zeros_like(parameters[name]) if kept is None else kept
+    theta = problem.flatten({name: parameters[name].detach() for name in problem.names})
+    state = {"theta": theta, "velocity": -problem.flatten(buffers), "drop_last": config.training.drop_last}
+    return problem, state
+
+
+def predict(
+    run: Any,
+    problem: Problem | None = None,
+    *,
+    lr: Any = None,
+    batch_size: Any = None,
+    momentum: Any = None,
+    weight_decay: Any = None,
+    sampling: Any = None,
+    steps: int | None = None,
+    **options: Any,
+) -> xarray.Dataset:
+    """Predict what a run would do at other hyperparameters, trained on from where it ended.
+
+    Numbers or lists of numbers; each list becomes a dimension of the result. What is predicted and how:
+    :func:`thermograd.prediction.predict` and ``docs/predict.md``.
+
+    Args:
+        run: the run's folder.
+        problem: for a run of your own loop.
+        lr: learning rate; default the run's own, as for the others.
+        batch_size: batch size.
+        momentum: momentum.
+        weight_decay: weight decay.
+        sampling: "replacement", "reshuffle" or "shuffle-once".
+        steps: how many steps after the change.
+        options: see :func:`thermograd.prediction.measure`.
+
+    Returns:
+        An :class:`xarray.Dataset` with units and long names in its attributes.
+
+    Raises:
+        StoreError: no such run. InputError: arguments that are no hyperparameters, a run that cannot be predicted
+            from.
+    """
+    ready = measured_run(run, problem, steps=steps, **options)
+    return predict_measured(
+        run, ready.forecast.standing.problem, lr=lr, batch_size=batch_size, momentum=momentum,
+        weight_decay=weight_decay, sampling=sampling, steps=steps, measured=ready,
+    )  # fmt: skip
+
+
+def validate(
+    run: Any,
+    problem: Problem | None = None,
+    *,
+    steps: int | None = None,
+    replicas: int = 4,
+    seed: int = 0,
+    settings: Any = None,
+    folder: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    **options: Any,
+) -> Validation:
+    """Predict, freeze the predictions, really train at every setting, compare: :func:`thermograd.prediction.validate`.
+
+    Args:
+        run: the run's folder.
+        problem: for a run of your own loop.
+        steps: how many steps each training takes.
+        replicas: trainings of each setting.
+        seed: of their minibatches.
+        settings: hyperparameters to train at, a list of :class:`~thermograd.SGD`; default sixteen.
+        folder: where predictions and results are kept; default ``validation`` in the run's folder.
+        fresh: start anew.
+        options: see :func:`thermograd.prediction.measure`.
+    """
+    # the replicas use every sample of an epoch, short last batch included
+    ready = measured_run(run, problem, steps=steps, **{**options, "drop_last": False})
+    place = Path(folder) if folder is not None else Path(run) / VALIDATION
+    return validate_measured(ready, place, settings=settings, replicas=replicas, seed=seed, fresh=fresh)
