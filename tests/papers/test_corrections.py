@@ -21,14 +21,6 @@ def test_epoch_noise(tmp_path):
         assert abs(row.ours - row.theory) < 9 * row.stderr + 0.02 * abs(row.theory), row
 
 
-def test_detrending_leaves_the_variance_about_a_line():
-    time = np.arange(100.0)
-    rows = np.stack([3 + 2 * time, np.where(time % 2 == 0, 1.0, -1.0)], axis=1)
-    kept = corrections._detrended(rows)
-    assert abs(kept[0]) < 1e-18 * 1e4
-    assert abs(kept[1] - 1) < 1e-3
-
-
 def test_noise_of_an_epoch_cancels_without_replacement_only():
     """A quadratic loss: the sum over an epoch vanishes when every sample comes once, else it is that of white noise."""
     rng, curvature, steps, lr = np.random.default_rng(0), np.array([0.05, 0.5, 2.0]), 50, 0.05

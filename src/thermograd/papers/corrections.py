@@ -15,9 +15,10 @@ from ..noise import in_directions
 from ..problem import Problem
 from ..simulate import Potential, langevin, networks, quadratic_sgd
 from ..theory import flatness, sampling
+from ..trajectory.detrend import detrended
 from .item import Bench, register
 from .lines import fitted, stacked
-from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
+from .outcome import Outcome, Panel, Published, Row, Series, row_of
 
 __all__ = ["epoch_noise", "noise_exponent", "valley"]
 
@@ -87,10 +88,10 @@ def _quadratic(bench: Bench, seed: int) -> dict[str, Any]:
     return result
 
 
-def _exponent(variance: _Array, noise: _Array, part: _Array) -> list[float]:
+def _exponent(variance: _Array, noise: _Array, part: _Array) -> _Array:
     """Exponent of each row of variances in the curvature for noise in proportion to it, [S]."""
     x = np.log(_CURVATURE[part])
-    return [fitted(x, np.log(v / s)[part]).slope + 1 for v, s in zip(variance, noise, strict=True)]
+    return np.array([fitted(x, np.log(v / s)[part]).slope + 1 for v, s in zip(variance, noise, strict=True)])
 
 
 def _quadratic_rows(found: list[dict[str, _Array]]) -> tuple[list[Row], list[Panel]]:
@@ -100,21 +101,17 @@ def _quadratic_rows(found: list[dict[str, _Array]]) -> tuple[list[Row], list[Pan
     flat, sharp = edge / 9 > _CURVATURE, 9 * edge < _CURVATURE
     rows = []
     for name, part, claimed, sign in (("flat", flat, 1.0, "<"), ("sharp", sharp, 0.0, ">")):
-        theory, published = (
-            float(np.mean(_exponent(exact, noise, part))),
-            Published(claimed, f"C ∝ H, λ {sign} λ_c", 0.15),
-        )
-        slope = between_seeds(_exponent(variance, noise, part))
-        rows.append(Row(f"exponent of the variance in λ, {name} modes, C = H", *slope, seeds, published, theory))
+        told = Published(claimed, f"C ∝ H, λ {sign} λ_c", 0.15)
+        ours, theory = (_exponent(kind, noise, part) for kind in (variance, exact))
+        rows.append(row_of(f"exponent of the variance in λ, {name} modes, C = H", ours, told, theory))
     unit = _EPOCH.lr**2 * noise * longest / 2
-    amplitude = between_seeds((variance / unit)[:, flat].mean(axis=1))
-    published, theory = Published(1.0, "flat modes: η²C(M+1)/6", 0.1), float((exact / unit)[:, flat].mean())
-    rows.append(Row("variance over η²C(M+1)/6, flat modes", *amplitude, seeds, published, theory))
+    ours, theory = ((kind / unit)[:, flat].mean(axis=1) for kind in (variance, exact))
+    told = Published(1.0, "flat modes: η²C(M+1)/6", 0.1)
+    rows.append(row_of("variance over η²C(M+1)/6, flat modes", ours, told, theory))
     time = 2 * variance / (_EPOCH.lr**2 * stacked(found, "reshuffle v"))
-    measured = between_seeds(time[:, flat].mean(axis=1))
-    published = Published(longest, "flat modes: (M+1)/3", 0.1 * longest)
-    theory = float(sampling.correlation_time(_EPOCH, _CURVATURE)[flat].mean())
-    rows.append(Row("correlation time of flat modes in steps", *measured, seeds, published, theory))
+    told = Published(longest, "flat modes: (M+1)/3", 0.1 * longest)
+    theory = sampling.correlation_time(_EPOCH, _CURVATURE)[flat]
+    rows.append(row_of("correlation time of flat modes in steps", time[:, flat].mean(axis=1), told, theory))
     curves = [
         Series("reshuffled", _CURVATURE, variance.mean(axis=0), variance.std(axis=0, ddof=1) / seeds**0.5, colour=0),
         Series("exact", _CURVATURE, exact.mean(axis=0), style="line", colour=0),
@@ -149,7 +146,7 @@ def _network_modes(bench: Bench, seed: int) -> dict[str, Any]:
         along = ((path[1:] - middle) @ pairs.eigenvectors.to(path)).cpu().numpy()  # [T, k]
         curvature = pairs.eigenvalues.double().cpu().numpy()
         noise = in_directions(problem, pairs, middle).variance * one.minibatch_factor
-        result[f"{scheme} measured"] = _detrended(along)
+        result[f"{scheme} measured"] = (detrended(along, "linear") ** 2).mean(axis=0)
         result[f"{scheme} theory"] = sampling.weight_variance_window(one, curvature, noise, window, "linear")
         result[f"{scheme} curvature"] = curvature
         result[f"{scheme} loss"] = run.loss[0, [0, -1]]
@@ -163,19 +160,10 @@ def _epoch_sums(along: _Array, curvature: _Array, lr: float, epoch: int) -> floa
     The noise is what moved the weights beyond the quadratic loss and a slow drift: 0 when an epoch's noise cancels.
     """
     noise = -np.diff(along, axis=0) / lr - curvature * along[:-1]  # [T - 1, k]
-    time = np.arange(len(noise)) - (len(noise) - 1) / 2
-    noise = noise - noise.mean(axis=0)
-    noise -= np.outer(time, time @ noise / (time @ time))
+    noise = detrended(noise, "linear")
     whole = noise[epoch - 1 :]  # rows begin after the first step of an epoch, so that this is where the second begins
     sums = whole[: len(whole) // epoch * epoch].reshape(-1, epoch, len(curvature)).sum(axis=1)
     return float(np.median((sums**2).mean(axis=0) / (epoch * (noise**2).mean(axis=0))))
-
-
-def _detrended(rows: _Array) -> _Array:
-    """Variance along time with a straight line removed, divisor T, [k]."""
-    time = np.arange(len(rows)) - (len(rows) - 1) / 2
-    rows = rows - rows.mean(axis=0)
-    return ((rows - np.outer(time, time @ rows / (time @ time))) ** 2).mean(axis=0)
 
 
 def _network_rows(modes: list[dict[str, _Array]]) -> tuple[list[Row], Panel, list[str]]:
@@ -183,28 +171,24 @@ def _network_rows(modes: list[dict[str, _Array]]) -> tuple[list[Row], Panel, lis
     rows, curves, caveats = [], [], []
     for i, (scheme, name) in enumerate((("reshuffle", "reshuffled"), ("replacement", "with replacement"))):
         ratio = stacked(modes, f"{scheme} measured") / stacked(modes, f"{scheme} theory")
-        median = between_seeds(np.median(ratio, axis=1))
-        published = Published(1.0, "validated along the Hessian directions of networks", 0.3)
-        rows.append(Row(f"network: variance over theory, median mode, {name}", *median, len(modes), published, 1.0))
+        told = Published(1.0, "validated along the Hessian directions of networks", 0.3)
+        name_of = f"network: variance over theory, median mode, {name}"
+        rows.append(row_of(name_of, np.median(ratio, axis=1), told, 1.0))
         one = modes[0]
         curves += [
             Series(name, one[f"{scheme} curvature"], one[f"{scheme} measured"], colour=i),
             Series("theory" if i == 0 else "", one[f"{scheme} curvature"], one[f"{scheme} theory"], None, "line", i),
         ]
-        sums = between_seeds([float(one[f"{scheme} sums"]) for one in modes])
-        total = Published(float(i), "noise of an epoch cancels" if i == 0 else "independent steps", 0.2)
-        rows.append(
-            Row(f"network: mean square of an epoch's noise, independent steps = 1, {name}", *sums, len(modes), total)
-        )
+        told = Published(float(i), "noise of an epoch cancels" if i == 0 else "independent steps", 0.2)
+        name_of = f"network: mean square of an epoch's noise, independent steps = 1, {name}"
+        rows.append(row_of(name_of, [float(one[f"{scheme} sums"]) for one in modes], told))
     reduced = []
     for kind in ("measured", "theory"):
         pair = [stacked(modes, f"{scheme} {kind}") for scheme in ("reshuffle", "replacement")]
         below = [stacked(modes, f"{scheme} curvature") < edge / 2 for scheme in ("reshuffle", "replacement")]
         reduced.append([np.median(a[m]) / np.median(b[n]) for a, b, m, n in zip(*pair, *below, strict=True)])
-    rows.append(
-        Row("network: variance of flat modes, reshuffled over replacement", *between_seeds(reduced[0]), len(modes),
-            Published(1.0, "strongly reduced below λ_c", 0.0, "at most"), float(np.mean(reduced[1])))
-    )  # fmt: skip
+    told = Published(1.0, "strongly reduced below λ_c", 0.0, "at most")
+    rows.append(row_of("network: variance of flat modes, reshuffled over replacement", reduced[0], told, reduced[1]))
     losses = stacked(modes, "reshuffle loss").mean(axis=0)
     caveats.append(
         f"The network is not stationary: its loss falls from {losses[0]:.3g} to {losses[1]:.3g} within the window, and "
@@ -257,14 +241,13 @@ def noise_exponent(bench: Bench) -> Outcome:
     rows: list[Row] = []
     curves = []
     for i, layer in enumerate(layers):
-        table = stacked(found, layer)
-        gamma, square, goes_along = (between_seeds(table[:, j]) for j in range(3))
+        gamma, square, goes_along = stacked(found, layer).T
         name = layer.removesuffix(".weight")
-        for published in (Published(1.0, "1 ≤ γ", 0.05, "at least"), Published(2.0, "γ ≤ 2", 0.05, "at most")):
-            rows.append(Row(f"γ of {name}", *gamma, len(found), published))
-        rows.append(Row(f"exponent of E h² in H, {name}", *square, len(found)))
-        published = Published(1.0, "C ∝ E h²", 0.1)
-        rows.append(Row(f"correlation of log C with log E h², {name}", *goes_along, len(found), published))
+        for told in (Published(1.0, "1 ≤ γ", 0.05, "at least"), Published(2.0, "γ ≤ 2", 0.05, "at most")):
+            rows.append(row_of(f"γ of {name}", gamma, told))
+        rows.append(row_of(f"exponent of E h² in H, {name}", square))
+        told = Published(1.0, "C ∝ E h²", 0.1)
+        rows.append(row_of(f"correlation of log C with log E h², {name}", goes_along, told))
         H, C = found[0][f"{layer} H"], found[0][f"{layer} C"]
         line = fitted(np.log(H), np.log(C))
         curves += [
@@ -366,14 +349,14 @@ def valley(bench: Bench) -> Outcome:
     for i, (noise, anisotropy) in enumerate(cases):
         density = stacked(found, f"{noise} {anisotropy}")
         name = f"κ = {anisotropy:g}, Δ = {noise:g}"
-        slope, error = between_seeds([fitted(np.log(curvature), np.log(np.maximum(d, 1e-12))).slope for d in density])
-        claimed = float(fitted(np.log(curvature), np.log(flatness.flat_preference(curvature, anisotropy))).slope)
-        published = Published(claimed, "P ∝ λ^(-κ/2)", 0.1 * abs(claimed))
-        rows.append(Row(f"exponent of P(x) in λ, {name}", slope, error, len(found), published))
-        # the width of the valley alone gives -1/2; the rest is the effective loss, zero for isotropic noise
-        bare = Published(anisotropy - 1, "L_SGD = Δ(1-κ) ln F", 0.1 * anisotropy)
-        rows.append(Row(f"-L_SGD / (Δ ln F), {name}", -2 * slope - 1, 2 * error, len(found), bare))
+        slopes = np.array([fitted(np.log(curvature), np.log(np.maximum(d, 1e-12))).slope for d in density])
         expected = flatness.flat_preference(curvature, anisotropy)
+        claimed = fitted(np.log(curvature), np.log(expected)).slope
+        told = Published(claimed, "P ∝ λ^(-κ/2)", 0.1 * abs(claimed))
+        rows.append(row_of(f"exponent of P(x) in λ, {name}", slopes, told))
+        # the width of the valley alone gives -1/2; the rest is the effective loss, zero for isotropic noise
+        told = Published(anisotropy - 1, "L_SGD = Δ(1-κ) ln F", 0.1 * anisotropy)
+        rows.append(row_of(f"-L_SGD / (Δ ln F), {name}", -2 * slopes - 1, told))
         expected = expected / (expected.sum() * (edges[1] - edges[0]))
         curves += [
             Series(name, middle, density.mean(axis=0), density.std(axis=0, ddof=1) / len(found) ** 0.5, colour=i),
