@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thermograd.continual.forms import Blocks, Diagonal, Form, LowRank
-from thermograd.continual.kronecker import Kronecker
+from thermograd.continual.kronecker import Kronecker, principal
 from thermograd.errors import InputError, NonFiniteError
 
 P = 12
@@ -144,6 +144,16 @@ def test_grown_forms_do_not_feel_new_weights(form: Form) -> None:
         return
     positions = torch.tensor([3, 0, 7, 9, 1, 2, 5, 13, 14, 11, 12, 6])
     assert form.grown(16, positions).value(big).item() == pytest.approx(form.value(big[positions]).item())
+
+
+def test_principal_directions_of_moments_that_are_almost_nothing() -> None:
+    factor = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    moment = 1e-36 * factor @ factor.T
+    found = principal(moment, 5)
+    torch.testing.assert_close(found.T @ found, torch.eye(5))
+    inside = found @ (found.T @ factor)
+    torch.testing.assert_close(inside, factor, rtol=0, atol=1e-3)
+    assert bool(torch.isfinite(principal(torch.zeros(3, 3), 2)).all())
 
 
 def test_bad_curvature_is_refused() -> None:

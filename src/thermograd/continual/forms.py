@@ -164,7 +164,8 @@ class LowRank(Form):
         roots = [form.curvature.sqrt() for form in (self, other)]
         columns = torch.cat([f.directions * r for f, r in zip((self, other), roots)], dim=1)  # [P, k + k']
         targets = torch.cat([f.target * r for f, r in zip((self, other), roots)])
-        left, size, right = torch.linalg.svd(columns, full_matrices=False)
+        exact = torch.linalg.svd(columns.double(), full_matrices=False)
+        left, size, right = (part.to(columns.dtype) for part in exact)
         floor = size.max() * max(columns.shape) * torch.finfo(size.dtype).eps if len(size) else 0.0
         kept = min(max(self.capacity, other.capacity), int((size > floor).sum()))
         left_out = float(size[kept].square()) if kept < len(size) else 0.0

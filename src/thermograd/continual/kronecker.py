@@ -121,7 +121,10 @@ class Kronecker(Form):
 
 def principal(moment: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors of a symmetric matrix [d, d], as columns [d, rank]."""
-    return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank].contiguous()
+    # in float64 and of order one: of a sure network the moments are so small that float32 does not converge
+    scaled = moment.double() / moment.abs().max().clamp_min(torch.finfo(moment.dtype).tiny)
+    vectors = torch.linalg.eigh(scaled).eigenvectors.flip(1)[:, :rank]
+    return vectors.to(moment.dtype).contiguous()
 
 
 def _joint(mine: Tensor, my_curvature: Tensor, its: Tensor, its_curvature: Tensor) -> Tensor:
