@@ -191,9 +191,9 @@ def fig6(bench: Bench) -> Outcome:
                 tuple(Series(f"seed {i + 1}", rank, row) for i, row in enumerate(relative)), "log", "log",
             ),
         ),
-        note=f"MLP 784-10-1, {sizes} weights, of whose eigenvalues the {len(rank)} largest are computed, half the squared error, SGD with B = 50, η = 0.05 and then 0.01 until "
-        "the loss stands still. The paper's Eq. 45 for n is not legible in the public copies: the participation ratio "
-        "is one of two candidates.",
+        note=f"MLP 784-10-1, {sizes} weights, of whose eigenvalues the {len(rank)} largest are computed, "
+        "half the squared error, SGD with B = 50, η = 0.05 and then 0.01 until the loss stands still. The paper's Eq. "
+        "45 for n is not legible in the public copies: the participation ratio is one of two candidates.",
     )  # fmt: skip
 
 
