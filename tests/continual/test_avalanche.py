@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from thermograd.continual import EWC, Constraint, L2ToAnchor, LandscapeConstraint, LayerLandscape, SynapticIntelligence
 from thermograd.errors import InputError, NotAvailableError
@@ -17,17 +18,26 @@ try:
 except NotAvailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 from avalanche.benchmarks import nc_benchmark
-from avalanche.benchmarks.utils import make_tensor_classification_dataset
 from avalanche.models import IncrementalClassifier, MTSimpleMLP, SimpleMLP
 from avalanche.training.supervised import Naive
+
+
+class _Points(TensorDataset):
+    """Points with the labels that Avalanche looks for."""
+
+    def __init__(self, X: Tensor, y: Tensor):
+        super().__init__(X, y)
+        self.targets = y.tolist()
 
 
 def benchmark(task_labels: bool) -> Any:
     random = torch.Generator().manual_seed(0)
     y = torch.arange(160) % 4
     X = torch.randn(160, 784, generator=random) / 10 + nn.functional.one_hot(y, 784).float()
-    data = make_tensor_classification_dataset(X, y, task_labels=0)
-    return nc_benchmark(data, data, n_experiences=2, task_labels=task_labels, seed=0, fixed_class_order=[0, 1, 2, 3])
+    points = _Points(X, y)
+    return nc_benchmark(
+        points, points, 2, task_labels=task_labels, shuffle=False, class_ids_from_zero_in_each_exp=task_labels
+    )
 
 
 class Growing(nn.Module):
