@@ -15,13 +15,14 @@ from .item import Bench, register
 from .lines import fitted, log_rates, points, stacked
 from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
 
-__all__ = ["sgd_noise", "white_noise"]
+__all__ = ["nothing", "sgd_noise", "white_noise"]
 
 _PAPER = "Xie et al. 2021"
 _Array = np.ndarray[Any, Any]
 
 
-def _nothing(x: _Array) -> float:
+def nothing(x: _Array) -> float:
+    """A potential that nobody asks for its height: only slopes move a walker."""
     return 0.0
 
 
@@ -92,7 +93,7 @@ def _white_escapes(bench: Bench, seed: int) -> dict[str, Any]:
     well: dict[str, Any] = {"start": 1.0, "dt": 0.01, "monitoring": "bridge", **some}
     one = [langevin_first_passage("double-well", D, _EXIT, **well).mean[0] for D in _HOT]
     one += [rare_event("double-well", D, _EXIT, start=1.0, **splitting).mean for D in _cold(bench)]
-    crossed, scaled = Potential(_nothing, _crossed_slope), Potential(_nothing, _scaled_slope)
+    crossed, scaled = Potential(nothing, _crossed_slope), Potential(nothing, _scaled_slope)
     pairs = bench.choose((), _ACROSS, _ACROSS)
     two = [rare_event(crossed, _crossed_noise, _EXIT, start=[1.0, 0.0, *w], **splitting).mean for w in pairs]
     sharper = [
@@ -269,7 +270,7 @@ def sgd_noise(bench: Bench) -> Outcome:
     }
     if bench.scale == "reduced":
         del scans["1/η"]
-    path, valley = Potential(_nothing, _path_slope), Potential(_nothing, _valley_slope)
+    path, valley = Potential(nothing, _path_slope), Potential(nothing, _valley_slope)
 
     def escape(potential: Potential, noise: Any, sgd: SGD, curvature: float, seed: int, *rest: float) -> float:
         start = [_minimum(curvature), curvature, _temperature(sgd), *rest]

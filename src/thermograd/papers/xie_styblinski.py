@@ -15,15 +15,12 @@ from ..theory import discrete
 from .item import Bench, register
 from .lines import fitted, points, rate, stacked
 from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
+from .xie_kramers import nothing
 
 __all__ = ["styblinski_tang"]
 
 _PAPER = "Xie et al. 2021"
 _Array = np.ndarray[Any, Any]
-
-
-def _nothing(x: _Array) -> float:
-    return 0.0
 
 
 _MOST = 8  # samples in the largest minibatch
@@ -110,7 +107,7 @@ def styblinski_tang(bench: Bench) -> Outcome:
         "1/η": (1 / rates, [(1.0, 1, float(lr)) for lr in rates]),
     }
     low, saddle = _shifted_places()
-    potential, limit = Potential(_nothing, _shifted_slope), bench.choose(10**6, 10**6, 10**8)
+    potential, limit = Potential(nothing, _shifted_slope), bench.choose(10**6, 10**6, 10**8)
 
     def steps(k: float, batch: int, lr: float, seed: int) -> tuple[_Array, _Array]:
         """Steps to the boundary of every coordinate on its own: coordinates share nothing, [10 escapes]."""
