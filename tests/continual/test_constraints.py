@@ -403,3 +403,16 @@ def test_bad_input_is_refused(network: nn.Module, blobs: Data) -> None:
         held.proximal_step(network, 0.1)
     with pytest.raises((NonFiniteError, ModelError)):
         EWC().fit(network, LOSS, blobs)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: EWC(), lambda: LayerLandscape(), lambda: LayerLandscape(temperature=math.inf)]
+)
+def test_blocks_of_samples_change_nothing(
+    network: nn.Module, blobs: Data, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make().fit(network, LOSS, blobs)
+    monkeypatch.setattr("thermograd.continual.curvature._REPEATED", 100)
+    parts = make().fit(network, LOSS, blobs)
+    other = moved(network)
+    assert parts.penalty(other).item() == pytest.approx(whole.penalty(other).item())

@@ -16,17 +16,22 @@ number of classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError, NotAvailableError
 from ..landscape import sampled_fisher
+from ..noise.perlayer import PerLayer
 from ..problem import Problem
+from ..progress import bar
 
-__all__ = ["check_temperature", "output_scores", "score_problem", "tempered"]
+__all__ = ["check_temperature", "output_scores", "pulled_back", "tempered"]
 
+_REPEATED = 2**25  # numbers in the inputs that are repeated for every score, at a time
+_APART = 104_729  # seeds of the labels of different blocks of samples lie so far apart
 _MAX_OUTPUTS = 4096  # beyond that many outputs their second derivative is not written out
 
 
@@ -143,3 +148,19 @@ def score_problem(problem: Problem, index: Tensor, scores: Tensor) -> Problem:
     inputs, _ = problem._samples.take(index, problem.device, problem.dtype)
     repeated = tree_map(lambda x: x.repeat(len(scores), *[1] * (x.ndim - 1)), inputs)
     return _like(problem, _along, (repeated, scores.flatten(0, 1)))
+
+
+def pulled_back(
+    problem: Problem, index: Tensor, temperature: float, draws: int | None, seed: int
+) -> Iterator[PerLayer]:
+    """The gradients J_i^T s_im of all m and n, layer by layer, for as many samples at a time as memory allows."""
+    with torch.no_grad():
+        outputs, _ = problem.differentiable_outputs(problem.theta, index[:1])
+    each = draws or outputs.numel()  # inputs are repeated for every score
+    numbers = each * sum(leaf[0].numel() for leaf in tree_leaves(problem.inputs))
+    blocks = index.split(max(1, _REPEATED // max(1, numbers)))
+    with bar("curvature of the finished task", len(blocks)) as progress:
+        for i, block in enumerate(blocks):
+            scores = output_scores(problem, block, temperature, draws, seed + _APART * i)
+            yield PerLayer(score_problem(problem, block, scores))
+            progress.advance()

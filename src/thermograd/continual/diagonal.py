@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..noise.perlayer import PerLayer
 from ..problem import Problem
 from .constraint import Constraint
-from .curvature import check_temperature, output_scores, score_problem
+from .curvature import check_temperature, pulled_back
 from .forms import Diagonal
 
-__all__ = ["EWC", "L2ToAnchor", "fisher_diagonal"]
+__all__ = ["EWC", "L2ToAnchor"]
 
 
 class EWC(Constraint):
@@ -30,7 +29,8 @@ class EWC(Constraint):
 
     Args:
         strength: see :class:`Constraint`; Kirkpatrick's lambda.
-        draws: labels drawn for each sample; None takes the expectation over all labels, without sampling error.
+        draws: labels drawn for each sample; None takes the expectation over all labels, without sampling error, at a
+            backward pass for each label.
         temperature: of the model's own labels, see :mod:`.curvature`; 1 is EWC as published.
         anchors: "own" as published; "latest" makes it online EWC (Schwarz et al. 2018) without forgetting.
         options: ``params``, ``samples``, ``seed``, see :class:`Constraint`.
@@ -55,13 +55,10 @@ class EWC(Constraint):
         self.draws, self.temperature = draws, check_temperature(temperature)
 
     def _measure(self, problem: Problem, index: Tensor, **measured_on: Any) -> Diagonal:
-        scores = output_scores(problem, index, self.temperature, self.draws, self.seed + self.tasks)
-        return Diagonal(fisher_diagonal(problem, index, scores), problem.theta)
-
-
-def fisher_diagonal(problem: Problem, index: Tensor, scores: Tensor) -> Tensor:
-    """Diagonal of the second moment of the scores [m, n, C] pulled back to the weights, [P]."""
-    return PerLayer(score_problem(problem, index, scores)).mean_squares() * len(scores)
+        squares = torch.zeros_like(problem.theta)
+        for layers in pulled_back(problem, index, self.temperature, self.draws, self.seed + self.tasks):
+            squares += layers.mean_squares() * len(layers)
+        return Diagonal(squares / len(index), problem.theta)
 
 
 class L2ToAnchor(Constraint):

@@ -15,7 +15,7 @@ from ..noise.factors import Factors, Outer, Rows
 from ..noise.perlayer import PerLayer
 from ..problem import Problem
 from .constraint import Constraint
-from .curvature import check_temperature, output_scores, score_problem
+from .curvature import check_temperature, pulled_back
 from .forms import Blocks, Diagonal, Form
 from .kronecker import Kronecker, principal
 
@@ -44,7 +44,8 @@ class LayerLandscape(Constraint):
         memory_per_weight: numbers stored, over P: 2 is what EWC takes. Input directions of all layers compete by the
             curvature that they hold per number stored. None keeps all of them.
         temperature: of the Gauss-Newton matrix, see :mod:`.curvature`.
-        draws: scores drawn from the model's own labels (temperature 1 only); None takes the expectation.
+        draws: scores drawn from the model's own labels (temperature 1 only); None takes the expectation, at a backward
+            pass for each output.
         options: ``anchors``, ``params``, ``samples``, ``seed``, see :class:`Constraint`.
 
     >>> import torch
@@ -67,12 +68,10 @@ class LayerLandscape(Constraint):
         self.temperature = check_temperature(temperature)
 
     def _measure(self, problem: Problem, index: Tensor, **measured_on: Any) -> Form:
-        scores = output_scores(problem, index, self.temperature, self.draws, self.seed + self.tasks)
-        layers = PerLayer(score_problem(problem, index, scores))
         budget = math.inf if self.memory_per_weight is None else self.memory_per_weight * problem.P
         moments: dict[str, _Moments] = {}
         single = torch.zeros(problem.P, dtype=problem.dtype, device=problem.device)  # squares of all other weights
-        for block in _matrices(layers, problem):
+        for block in self._matrices(problem, index):
             for name, matrices in block.items():
                 if isinstance(matrices, _Gradients):
                     moments.setdefault(name, _Moments(matrices)).add(matrices)
@@ -85,7 +84,7 @@ class LayerLandscape(Constraint):
             if not complete:  # each layer's share of the memory by its share of the weights
                 left = min(left, max(1, int(_LEFT_SHARE * budget * len(moment.positions) / problem.P / left)))
             moment.choose_bases(left, budget)
-        for block in _matrices(layers, problem):
+        for block in self._matrices(problem, index):
             for name, matrices in block.items():
                 if isinstance(matrices, _Gradients):
                     moments[name].add_curvature(matrices)
@@ -102,6 +101,12 @@ class LayerLandscape(Constraint):
             at = rest.nonzero().flatten()
             parts["other weights"] = at, Diagonal(single[at] / len(index), theta[at])
         return Blocks(problem.P, parts)
+
+    def _matrices(self, problem: Problem, index: Tensor) -> Iterator[dict[str, _Gradients | Factors]]:
+        """Block by block the gradients of every weight matrix by name, and what is left as it comes."""
+        for layers in pulled_back(problem, index, self.temperature, self.draws, self.seed + self.tasks):
+            for _, pieces in layers.kept():
+                yield _by_matrix(pieces, layers, problem)
 
     def _bounded(self, total: Form) -> Form:
         """Cut the input directions of all layers to the memory, those that hold the least curvature per number."""
@@ -200,18 +205,16 @@ class _Moments:
         self.curvature += gradients.along(self.left, self.right)
 
 
-def _matrices(layers: PerLayer, problem: Problem) -> Iterator[dict[str, _Gradients | Factors]]:
-    """For each block of samples the gradients of every weight matrix, by name, and what is left as it comes."""
-    for _, pieces in layers.kept():
-        found: dict[str, _Gradients | Factors] = {}
-        for piece in pieces:
-            if isinstance(piece, Outer):
-                found[piece.name] = _of_outer(piece)
-            elif isinstance(piece, Rows):
-                found |= _of_rows(piece, layers)
-            else:
-                found[piece.name] = piece
-        yield _with_shapes(found, problem)
+def _by_matrix(pieces: list[Factors], layers: PerLayer, problem: Problem) -> dict[str, _Gradients | Factors]:
+    found: dict[str, _Gradients | Factors] = {}
+    for piece in pieces:
+        if isinstance(piece, Outer):
+            found[piece.name] = _of_outer(piece)
+        elif isinstance(piece, Rows):
+            found |= _of_rows(piece, layers)
+        else:
+            found[piece.name] = piece
+    return _with_shapes(found, problem)
 
 
 def _of_outer(piece: Outer) -> _Gradients:
