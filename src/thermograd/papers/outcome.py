@@ -141,11 +141,27 @@ class Panel:
                 look: dict[str, Any] = {"line": {}, "dashed": {"ls": "--"}, "steps": {"drawstyle": "steps-mid"}}
                 drawn[curve.label] = ax.plot(curve.x, curve.y, color=colour, lw=1.5, **look[curve.style])[0]
         ax.set(xscale=self.xscale, yscale=self.yscale, xlabel=self.xlabel, ylabel=self.ylabel, title=self.title)
+        _frame(ax, [value for curve in self.series if curve.style == "points" for value in curve.y])
         drawn.pop("", None)
         if drawn:
             many = len(drawn) > 5
             ax.legend(drawn.values(), drawn, frameon=False, fontsize="x-small" if many else "small")
         return ax
+
+
+def _frame(ax: Axes, measured: Sequence[float]) -> None:
+    """Keep what was measured in sight of lines that leave it by decades; plain numbers along less than a decade."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    positive = [value for value in measured if value > 0]
+    if ax.get_yscale() == "log" and positive:
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, min(positive) / 100), min(high, max(positive) * 100))
+    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        if axis.get_scale() == "log" and high < 10 * low:
+            axis.set_major_locator(MaxNLocator(5))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter("{x:g}")
 
 
 @dataclass(frozen=True)
