@@ -267,3 +267,14 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["continual", str(config)])
     assert result.exit_code == 2
     assert "domain" in result.output
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Cell:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocol, "learn", interrupted)
+    example = Path(__file__).resolve().parents[2] / "examples" / "continual_digits.toml"
+    result = CliRunner().invoke(app, ["continual", str(example), "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert f"continual {example} --out {tmp_path}" in result.output.replace("\n", "")

@@ -171,6 +171,10 @@ class Comparison(Measurement):
                     1 - last[:, :-1].mean(), 1 - last[:, -1].mean(), "k*" if name == "joint" else "kx", label=str(name)
                 )
         ax.set(xlabel=r"error on earlier tasks $\epsilon_1$", ylabel=r"error on the last task $\epsilon_2$")
+        # the view is that of the means: intervals from two or three seeds reach far beyond what an error can be
+        points = [mean_interval(values)[0] for t in self.trials for values in (t.old_error, t.new_error)]
+        top = min(1.0, 1.1 * max([0.05, *points, float(1 - self.accuracy[:, :, -1].min())]))
+        ax.set(xlim=(0, top), ylim=(0, top))
         ax.set_title(self.title, fontsize="medium")
         ax.legend(frameon=False, fontsize="x-small")
         return ax

@@ -52,7 +52,7 @@ class ProtocolSettings(Section):
     """``[protocol]``: seeds, and what is compared with what."""
 
     seeds: int = Field(default=5, ge=2, description="independent repetitions that are reported")
-    selection_seeds: int = Field(default=3, ge=1, description="other repetitions, on which hyperparameters are chosen")
+    selection_seeds: int = Field(default=5, ge=1, description="other repetitions, on which hyperparameters are chosen")
     seed: int = Field(default=0, ge=0, lt=2**31, description="first of all seeds")
     baseline: str = Field(default="ewc", description="the method that others are tested against")
     samples: int | None = Field(default=1000, ge=2, description="samples of a task that a constraint is measured on")
