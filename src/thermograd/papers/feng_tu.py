@@ -24,6 +24,7 @@ from .feng_tu_protocol import (
     ready,
     relation,
     sizes,
+    theory_line,
 )
 from .item import Bench, register
 from .lines import jackknife
@@ -233,11 +234,7 @@ def _relation_panels(found: list[dict[str, _Array]], labels: list[str]) -> tuple
         Series(name, one[f"reshuffle_{basis}_flatness"], one[f"reshuffle_{basis}_variance"], colour=i)
         for i, (basis, name) in enumerate(BASES.items())
     ]
-    curves.append(
-        Series(
-            "theory, Hessian basis", one["reshuffle_hess_flatness"], one["reshuffle_exact_variance"], None, "line", 3
-        )
-    )
+    curves.append(theory_line(one, "variance"))
     profiles = tuple(
         Series(name, one["offsets"], line, None, "line", i)
         for i, (name, line) in enumerate(zip(labels, one["profile"], strict=True))
@@ -305,14 +302,13 @@ def fig2_sweep(bench: Bench) -> Outcome:
             }
             name = f"power of {name} in the variance, Hessian basis, {words}"
             rows.append(row_of(name, powers["hess"], None, powers["exact"]))
-    x = np.arange(len(settings))
-    label = "; ".join(f"{i}: B = {b}, α = {a:g}" for i, (b, a) in enumerate(settings))
+    x = np.array([lr / batch for batch, lr in settings])
     drawn = [(name, table[f"reshuffle_{basis}"]) for basis, name in BASES.items()]
     drawn.append(("theory, Hessian basis", table["reshuffle_exact"]))
     curves = tuple(
         Series(name, x, v.mean(0), v.std(0, ddof=1) / len(v) ** 0.5, colour=i) for i, (name, v) in enumerate(drawn)
     )
-    panel = Panel("Exponent ψ against setting", label, "ψ", curves)
+    panel = Panel("Exponent ψ in the five settings", "α/B", "exponent ψ", curves, "log")
     outside, hess = table["reshuffle_out"].mean(), table["reshuffle_hess"].mean()
     excess = table["reshuffle_amplitude"].mean(0) - 1
     caveats = (

@@ -25,6 +25,7 @@ from .feng_tu_protocol import (
     relation,
     sizes,
     standard,
+    theory_line,
 )
 from .item import Bench, register
 from .outcome import Outcome, Panel, Published, Row, Series, row_of
@@ -204,9 +205,7 @@ def fig4(bench: Bench) -> Outcome:
         Series(name, one[f"reshuffle_{basis}_flatness"], one[f"reshuffle_{basis}_tau"], colour=i)
         for i, (basis, name) in enumerate(BASES.items())
     ]
-    curves.append(
-        Series("theory, Hessian basis", one["reshuffle_hess_flatness"], one["reshuffle_exact_tau"], None, "line", 3)
-    )
+    curves.append(theory_line(one, "tau"))
     panel = Panel("Correlation time against flatness", "flatness F", "τ in steps", tuple(curves), "log", "log")
     window = 10 * round(standard(ready(bench, bench.seeds[0])).steps_per_epoch)
     return Outcome(

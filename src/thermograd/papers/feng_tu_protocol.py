@@ -16,6 +16,7 @@ from ..theory import sampling
 from ..trajectory import pca
 from ..trajectory.detrend import detrended
 from .item import Bench
+from .outcome import Series
 from .training import record_layer, train_down_to
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "relation",
     "sizes",
     "standard",
+    "theory_line",
 ]
 
 PAPER = "Feng & Tu 2021"
@@ -225,6 +227,13 @@ def exact_window(sgd: SGD, curvature: _Array, variance: _Array, window: int) -> 
     h = np.maximum(curvature, 0.0)
     spread = sampling.weight_variance_window(sgd, h, variance, window, "linear")
     return spread, 2 * spread / (sgd.lr**2 * sampling.velocity_variance(sgd, h, variance))
+
+
+def theory_line(one: dict[str, _Array], what: str) -> Series:
+    """What the epoch-noise theory says of one network's Hessian modes, without replacement, against their flatness."""
+    order = np.argsort(one["reshuffle_hess_flatness"])
+    x, y = one["reshuffle_hess_flatness"][order], one[f"reshuffle_exact_{what}"][order]
+    return Series("theory, Hessian basis", x, y, None, "line", 3)
 
 
 def note(bench: Bench, found: list[Any]) -> str:

@@ -141,6 +141,9 @@ class Panel:
                 look: dict[str, Any] = {"line": {}, "dashed": {"ls": "--"}, "steps": {"drawstyle": "steps-mid"}}
                 drawn[curve.label] = ax.plot(curve.x, curve.y, color=colour, lw=1.5, **look[curve.style])[0]
         ax.set(xscale=self.xscale, yscale=self.yscale, xlabel=self.xlabel, ylabel=self.ylabel, title=self.title)
+        for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            if axis.get_scale() == "log" and high > 15 * low:  # numbers between the powers of ten would overlap
+                axis.set_minor_formatter("")
         _frame(ax, [value for curve in self.series if curve.style == "points" for value in curve.y])
         drawn.pop("", None)
         if drawn:
