@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from thermograd import papers
+from thermograd import SGD, papers
 from thermograd.cli import app
 from thermograd.errors import InputError, NonFiniteError, NotAvailableError
-from thermograd.papers import Outcome, Panel, Published, Row, Series
+from thermograd.papers import Outcome, Panel, Published, Row, Series, mori
 from thermograd.papers.item import Bench, Item
 from thermograd.papers.outcome import between_seeds
+from thermograd.simulate import first_passage, linear_regression_sgd
 
 ONE = Published(1.0, "Fig. 1", 0.1)
 
@@ -145,3 +146,14 @@ def test_mori_passage(tmp_path):
     assert slope.published is not None
     assert 0.6 < slope.ours / slope.published.value < 2.5
     assert len(outcome.panels[0].series) == 5
+
+
+def test_passage_steps_of_given_samples():
+    """The kernel of a data set of 400 samples, large ones among them, beside simulation of the same."""
+    X, y = mori._regression(400, 1, 3)
+    ratios = np.array([1.2, 1.6, 2.0])
+    exact = mori.steps_of_samples(X, y, 0.3, ratios)
+    sgd = SGD(lr=0.3, batch_size=1, dataset_size=400, sampling="replacement")
+    found = first_passage(linear_regression_sgd, sgd, X, y, ratios, max_steps=100_000, replicas=4000, seed=1)
+    assert np.all(np.abs(found.mean / exact - 1) < 4 / 4000**0.5)
+    assert np.allclose(mori.steps_of_samples(X, y, 0.3, ratios, cells=1200), exact, rtol=0.005)
