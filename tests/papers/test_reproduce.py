@@ -148,6 +148,7 @@ def test_mori_passage(tmp_path):
     assert len(outcome.panels[0].series) == 5
 
 
+@pytest.mark.filterwarnings("ignore::thermograd.errors.ThermogradWarning")  # thresholds as low as relaxation
 def test_passage_steps_of_given_samples():
     """The kernel of a data set of 400 samples, large ones among them, beside simulation of the same."""
     X, y = mori._regression(400, 1, 3)
