@@ -195,6 +195,52 @@ def test_small_covariance_of_the_samples_that_are_done(monkeypatch: pytest.Monke
     torch.testing.assert_close(part.eigenvalues, true.eigenvalues, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("large", [0, 2**30])
+def test_directions_of_the_samples_that_are_done(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = teacher(samples=400)
+    D = torch.linalg.qr(torch.randn(problem.P, 3, generator=torch.Generator().manual_seed(0)).double())[0]
+    whole = tg.noise.in_directions(problem, D)
+    monkeypatch.setattr(part_of("gradients"), "_LARGE", large)
+    monkeypatch.setattr(PerLayer, "block_size", property(lambda self: 50))
+    monkeypatch.setattr(tg.Problem, "gradient_chunk", property(lambda self: 50))
+    np.testing.assert_allclose(tg.noise.in_directions(problem, D).variance, whole.variance, rtol=1e-12)
+    where, name = (PerLayer, "factors") if large == 0 else (tg.Problem, "sample_gradients")
+    original = getattr(where, name)
+
+    def interrupted(measure: Callable[[], Any]) -> Any:
+        calls = [0]
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 5:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, once)
+        with pytest.warns(ThermogradWarning, match="200 of 400 samples"):
+            return measure()
+
+    part = interrupted(lambda: tg.noise.in_directions(problem, D))
+    assert part.samples == 200
+    assert (np.abs(part.variance - whole.variance) < 4 * part.stderr).all()
+    block = interrupted(lambda: tg.noise.in_basis(problem, D))
+    np.testing.assert_allclose(np.diag(block.covariance), part.variance, rtol=1e-10)
+    assert interrupted(lambda: tg.noise.gaussianity(problem, D, batches=0)).batches == 200
+    pairs = tg.landscape.eigenpairs(tg.landscape.hessian(problem), 5)
+    found = interrupted(lambda: tg.noise.alignment(problem, H=pairs))
+    assert np.isfinite(found.exponent_stderr)
+
+
+def test_alignment_without_its_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, module = teacher(samples=40), part_of("alignment")
+    whole = tg.noise.alignment(problem, k=5)
+    monkeypatch.setattr(module, "covariance", interrupting(module.covariance, 0))
+    with pytest.warns(ThermogradWarning, match="cosine"):
+        part = tg.noise.alignment(problem, k=5)
+    assert np.isnan(part.cosine)
+    assert part.exponent == whole.exponent
+
+
 def test_an_interrupt_before_anything_is_done_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = teacher(samples=40)
     monkeypatch.setattr(tg.Problem, "sample_gradients", interrupting(tg.Problem.sample_gradients, 0))

@@ -3,13 +3,14 @@ r"""How gradient noise lies in the Hessian's eigenbasis."""
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from ..errors import TooShortError
+from ..errors import ThermogradWarning, TooShortError
 from ..landscape.curvature import hessian
 from ..landscape.estimators import trace_of_square
 from ..landscape.operators import Operator, as_operator
@@ -18,7 +19,7 @@ from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
 from ..statistics import bootstrap_weights, power_law, slopes
 from .covariance import covariance
-from .gradients import combinations, projections, sample_index
+from .gradients import combinations, projections_so_far, sample_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +99,7 @@ def alignment(
     operator = hessian(problem, theta, index) if H is None or isinstance(H, Eigenpairs) else as_operator(H)
     pairs = H if isinstance(H, Eigenpairs) else eigenpairs(operator, min(k, problem.P), seed=seed)
     curvature = pairs.eigenvalues.double().cpu().numpy()  # [k]
-    along = projections(problem, pairs.eigenvectors, theta, index).double().cpu().numpy()  # [N, k]
+    along = projections_so_far(problem, pairs.eigenvectors, theta, index).double().cpu().numpy()  # [N, k]
     along = along - along.mean(0)
     squares = along**2
     variance = squares.mean(0)
@@ -133,7 +134,18 @@ def _sample_error(along: np.ndarray, log_curvature: np.ndarray, seed: int) -> fl
 
 
 def _cosine(problem: Problem, operator: Operator, theta: Tensor, index: Any, seed: int) -> tuple[float, float]:
-    """Cosine between C and H as matrices, exactly for few weights, else from random combinations."""
+    """Cosine between C and H as matrices, exactly for few weights, else from random combinations.
+
+    NaN, with a warning, after Ctrl-C.
+    """
+    try:
+        return _cosine_of(problem, operator, theta, index, seed)
+    except KeyboardInterrupt:
+        warnings.warn("interrupted: the cosine of noise and curvature is NaN", ThermogradWarning, stacklevel=3)
+        return math.nan, math.nan
+
+
+def _cosine_of(problem: Problem, operator: Operator, theta: Tensor, index: Any, seed: int) -> tuple[float, float]:
     C = covariance(problem, theta, index)
     if problem.P <= _DENSE:
         dense_c, dense_h = C.dense(), operator.dense().to(C.device, C.dtype)

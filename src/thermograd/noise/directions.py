@@ -9,7 +9,7 @@ import numpy as np
 
 from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
-from .gradients import projections
+from .gradients import projections_so_far
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,8 @@ def in_directions(
     r"""Variance of per-sample gradients along directions, :math:`C_{ii} = p_i^\top C_0\, p_i`.
 
     The standard error is that of a variance estimated from N independent samples,
-    :math:`\sqrt{(m_4 - m_2^2)/N}` with the central moments m.
+    :math:`\sqrt{(m_4 - m_2^2)/N}` with the central moments m. After Ctrl-C the samples that are done, a random part,
+    give the variances, with a warning.
 
     Args:
         problem: the problem.
@@ -56,7 +57,7 @@ def in_directions(
     >>> in_directions(problem, torch.eye(2)).variance
     array([1., 1.])
     """
-    slopes = projections(problem, directions, theta, index).double().cpu().numpy()  # [N, k]
+    slopes = projections_so_far(problem, directions, theta, index).double().cpu().numpy()  # [N, k]
     mean = slopes.mean(0)
     squares = (slopes - (mean if centered else 0)) ** 2
     stderr = squares.std(0) / np.sqrt(len(slopes))
@@ -100,7 +101,7 @@ def in_basis(
     array([[1., 1.],
            [1., 1.]])
     """
-    slopes = projections(problem, directions, theta, index).double().cpu().numpy()  # [N, k]
+    slopes = projections_so_far(problem, directions, theta, index).double().cpu().numpy()  # [N, k]
     slopes = slopes - (slopes.mean(0) if centered else 0)
     count = len(slopes)
     block = slopes.T @ slopes / count

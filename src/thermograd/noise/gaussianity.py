@@ -13,7 +13,7 @@ from ..errors import InputError, TooShortError
 from ..landscape.displaced import as_directions
 from ..measurement import Measurement, new_axes, quantity
 from ..problem import Problem
-from .gradients import projections
+from .gradients import projections_so_far
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def gaussianity(
     True
     """
     columns = as_directions(problem, directions)
-    slopes = projections(problem, columns, theta, index).double().cpu().numpy()  # [N, k]
+    slopes = projections_so_far(problem, columns, theta, index).double().cpu().numpy()  # [N, k]
     size = int(batch_size if batch_size is not None else problem.batch_size or 1)
     if size < 1 or batches < 0 or (batches == 0 and size != 1):
         raise InputError(f"batch_size is {size} and batches {batches}", expected="at least 1 and 20 (0 for size 1)")

@@ -25,6 +25,7 @@ __all__ = [
     "gradient_blocks",
     "losses_and_slopes",
     "projections",
+    "projections_so_far",
     "sample_index",
     "subsample",
 ]
@@ -84,6 +85,34 @@ def projections(problem: Problem, directions: Any, theta: Any = None, index: Any
         return PerLayer(problem, theta, chosen).project(columns.T.contiguous())
     blocks = gradient_blocks(problem, theta, chosen, "gradients along directions")
     return torch.cat([gradients @ columns for _, gradients in blocks])
+
+
+def projections_so_far(problem: Problem, directions: Any, theta: Any = None, index: Any = None) -> Tensor:
+    """As :func:`projections`; after Ctrl-C of the samples that are done, a random part, with a warning."""
+    theta, columns = problem.as_theta(theta), as_directions(problem, directions)
+    chosen = sample_index(problem, index)
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0)).to(chosen.device)
+    rows = columns.T.contiguous()  # [k, P]
+    found: list[Tensor] = []
+    try:
+        if by_layers(problem, len(chosen)):
+            layers = PerLayer(problem, theta, chosen[order])
+            memory = layers.block_size * layers.sample_bytes
+            with bar("gradients along directions", len(chosen), bytes=memory) as progress:
+                while (start := sum(map(len, found))) < len(chosen):
+                    pieces = layers.block_from(start)
+                    found.append(torch.stack([piece.project(rows) for piece in pieces]).sum(0))
+                    progress.advance(len(found[-1]))
+        else:
+            for _, gradients in gradient_blocks(problem, theta, chosen[order], "gradients along directions"):
+                found.append(gradients @ columns)
+    except KeyboardInterrupt:
+        done = sum(map(len, found))
+        if done < 2:
+            raise
+        warnings.warn(f"interrupted: {done} of {len(chosen)} samples are used", ThermogradWarning, stacklevel=3)
+    slopes = torch.cat(found)
+    return slopes if len(slopes) < len(chosen) else slopes[order.argsort().to(slopes.device)]
 
 
 def combinations(problem: Problem, theta: Tensor, chosen: Tensor, count: int, seed: int) -> Tensor:
