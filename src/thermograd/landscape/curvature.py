@@ -187,7 +187,11 @@ class Curvature(Operator):
 
     def _data(self, index: Tensor) -> tuple[Any, Any]:
         """What the function of the curvature takes besides weights, for the samples of a chunk."""
-        return self._work._samples.take(index, self._work.device, self._work.dtype)
+        first, last = int(index[0]), int(index[-1])
+        whole = last - first + 1 == len(index) and bool((index.diff() == 1).all())
+        # successive samples are not copied
+        where = slice(first, last + 1) if whole else index
+        return self._work._samples.take(where, self._work.device, self._work.dtype)
 
     def _reverse_few(self, index: Tensor, block: Tensor) -> Tensor:
         return self._apply(self._trace(index), block)

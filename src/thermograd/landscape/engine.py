@@ -23,7 +23,7 @@ __all__ = ["Engine", "free_memory", "out_of_memory", "worth_tracing"]
 
 _PRIMAL_BYTES = 24 * 2**20  # activations of one chunk
 _MOST_SAMPLES = 2048  # of one chunk: with more the tangents of a block leave the caches
-_TANGENT_BYTES = 2**28  # their tangents for one block of vectors
+_TANGENT_BYTES = 2**26  # their tangents for one block of vectors
 _MOST_VECTORS = 20  # matrix products gain nothing from larger blocks
 _WORTH = 2**25  # samples times numbers a sample touches below which tracing costs more than it saves
 _WIDE = 8  # vectors at once from which tracing pays also without convolutions
@@ -108,7 +108,7 @@ class Engine:
             self._state = state
         while True:
             try:
-                return self._sum(block.T.contiguous()).T
+                return self._sum(block).T
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or (self.width == 1 and self.chunk == 1):
                     raise
@@ -143,15 +143,29 @@ class Engine:
 
     # ------------------------------------------------------------------ the pieces
 
-    def _sum(self, rows: Tensor) -> Tensor:
-        total = torch.zeros_like(rows, dtype=self._dtype)  # [k, P]
-        rows = rows.to(self.theta.dtype)
-        groups = -(-len(rows) // self.width)
-        width = -(-len(rows) // groups)  # equal blocks: a small last one would be slow
-        for number, chunk in enumerate(self.index.split(self.chunk)):
-            linear = self._chunk(number, chunk)
-            for start in range(0, len(rows), width):
-                total[start : start + width] += linear(rows[start : start + width])
+    def _sum(self, block: Tensor) -> Tensor:
+        """The sum for ``block`` [P, k], as [k, P]."""
+        total = torch.zeros(block.shape[1], block.shape[0], dtype=self._dtype, device=block.device)
+        groups = -(-len(total) // self.width)
+        width = -(-len(total) // groups)  # equal blocks: a small last one would be slow
+        starts = range(0, len(total), width)
+        chunks = self.index.split(self.chunk)
+        linear = self._chunk(0, chunks[0])
+
+        def rows(start: int) -> Tensor:
+            return block[:, start : start + width].T.to(self.theta.dtype).contiguous()
+
+        if self._keep:  # a few rows at a time need no second copy of the block
+            for start in starts:
+                part = rows(start)
+                for number, chunk in enumerate(chunks):
+                    total[start : start + width] += self._chunk(number, chunk)(part)
+            return total
+        parts = [(start, rows(start)) for start in starts]
+        for number, chunk in enumerate(chunks):
+            linear = linear if number == 0 else self._chunk(number, chunk)
+            for start, part in parts:
+                total[start : start + width] += linear(part)
         return total
 
     def _chunk(self, number: int, chunk: Tensor) -> Linearised:

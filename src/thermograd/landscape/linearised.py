@@ -118,7 +118,8 @@ class Linearised:
         for leaf in tree_flatten((arguments, value))[0]:
             if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in seen:
                 seen.add(leaf.untyped_storage().data_ptr())
-                self.kept_bytes += leaf.untyped_storage().nbytes()
+                # of a view of the user's data only what it shows
+                self.kept_bytes += min(leaf.untyped_storage().nbytes(), leaf.numel() * leaf.element_size())
 
     def _only_what_counts(self) -> None:
         """Steps that the first result does not depend on are left out."""

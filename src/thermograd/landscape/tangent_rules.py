@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .pooling import Places
 from .products import product
 
 __all__ = ["CONSTANT", "FRESH", "RULES", "Push", "Tangents", "channels_last_arguments", "generic_push"]
@@ -312,38 +313,10 @@ def _masked(known: Tangents, slot: Any, x: Tensor, threshold: Any) -> Any:
     return _aten.threshold_backward(tangent, x, threshold)
 
 
-class _Places:
-    """Where the winners of a max-pooling lie in the input's memory, samples first and channels last."""
-
-    def __init__(self, indices: Tensor, shape: torch.Size):
-        N, C, H, W = shape
-        channel = torch.arange(C, device=indices.device).view(1, C, 1, 1)
-        sample = torch.arange(N, device=indices.device).view(N, 1, 1, 1)
-        flat = (sample * (H * W) + indices) * C + channel
-        self.flat = flat.permute(0, 2, 3, 1).reshape(-1)  # [N h w C]
-        self.inside, self.outside = shape, indices.shape
-
-    def take(self, block: Tensor) -> Tensor:
-        """From [k, N, C, H, W] to the pooled [k, N, C, h, w]."""
-        k, (N, C, h, w) = len(block), self.outside
-        rows = block.permute(0, 1, 3, 4, 2).reshape(k, -1)
-        out = torch.stack([row.take(self.flat) for row in rows])
-        return out.view(k, N, h, w, C).permute(0, 1, 4, 2, 3)
-
-    def put(self, block: Tensor) -> Tensor:
-        """The transpose of :meth:`take`."""
-        k, (N, C, H, W) = len(block), self.inside
-        rows = block.permute(0, 1, 3, 4, 2).reshape(k, -1)
-        out = rows.new_zeros(k, N * C * H * W)
-        for target, row in zip(out, rows):
-            target.index_add_(0, self.flat, row)
-        return out.view(k, N, H, W, C).permute(0, 1, 4, 2, 3)
-
-
 def _max_pool(run: Any, arguments: Any, keywords: Any, which: Any, value: Any) -> Push:
     if arguments[0].ndim != 4:
         return generic_push(run, arguments, keywords, which, value)
-    slot, places = which[0], _Places(value[1], arguments[0].shape)
+    slot, places = which[0], Places.of(value[1], arguments[0].shape)
 
     def push(known: Tangents) -> Any:
         tangent = known(slot.node)
@@ -356,7 +329,7 @@ def _max_pool_backward(run: Any, arguments: Any, keywords: Any, which: Any, valu
     slot = which[0]
     if arguments[1].ndim != 4:
         return generic_push(run, arguments, keywords, which, value)
-    places = _Places(arguments[-1], arguments[1].shape)
+    places = Places.of(arguments[-1], arguments[1].shape)
 
     def push(known: Tangents) -> Any:
         tangent = _tangent(known, slot)
@@ -413,9 +386,13 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 
 def _convolution_backward(run: Any, arguments: Any, keywords: Any, which: Any, value: Any) -> Push:
-    g, x, w, _, stride, padding, dilation, transposed, extra, groups, mask = arguments
+    first, second, w, _, stride, padding, dilation, transposed, extra, groups, mask = arguments
     slot_g, slot_x, slot_w = which[:3]
     setting = (stride, padding, dilation, transposed, extra, groups)
+    shape = second.shape[1:]
+    # what no tangent meets is not held
+    g: Any = first if slot_x is not None or (slot_w is not None and mask[0]) else None
+    x: Any = second if (slot_g is not None and mask[1]) or (slot_w is not None and mask[0]) else None
 
     def back(g: Tensor, x: Tensor, w: Tensor, want: list[bool]) -> Any:
         return run(_laid_out(g), _laid_out(x), _laid_out(w), None, *setting, want)
@@ -425,7 +402,7 @@ def _convolution_backward(run: Any, arguments: Any, keywords: Any, which: Any, v
         if dg is not None:
             merged = _merged(dg)
             # of the image, only its shape matters here
-            like = merged.new_empty(1).expand(len(merged), *x.shape[1:])
+            like = merged.new_empty(1).expand(len(merged), *shape)
             total = run(merged, like, w, None, *setting, [True, False, False])[0].unflatten(0, (len(dg), -1))
         if dw is not None and total is None:
             return _stacked([back(g, x, one, [True, False, False])[0] for one in dw])
