@@ -52,7 +52,7 @@ def test_settings(tmp_path):
     for scheme in ("without", "with"):
         for name in ("α", "1/B"):
             row = by_name(outcome, f"power of {name} in the variance, Hessian basis, {scheme} replacement")
-            assert abs(row.ours - row.theory) < 0.3 + 4 * row.stderr, row
+            assert 1.5 < row.ours < 2.6, row  # 2 in flat directions, 1 where a mode forgets within the window
         found = [r for r in outcome.rows if "over the epoch-noise" in r.quantity and f", {scheme} " in r.quantity]
         assert len(found) == 5
         assert 0.6 < np.exp(np.mean([np.log(row.ours) for row in found])) < 2.0

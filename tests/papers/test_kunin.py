@@ -111,6 +111,27 @@ def test_images_are_cropped_and_repeatable(imagenet_folder):
     assert images[0][0].mean() < images[11][0].mean()  # the second class is the brighter one
 
 
+def test_full_scale_reads_the_laws_from_its_cells(monkeypatch, tmp_path):
+    """The rows at the paper's scale, from cells that follow the laws, with a little noise between seeds."""
+
+    def lawful(bench, cells, seed):
+        noise = 1e-3 * np.random.default_rng(seed).standard_normal(len(cells))
+        c = 0.5 - 0.2 * np.log10([cell.lr / (1 - cell.momentum) for cell in cells]) + noise
+        local = [cell.lr**2 / cell.batch / (1 - cell.momentum**2) for cell in cells]
+        return {"c": c, "local": np.array(local)}
+
+    monkeypatch.setattr(imagenet, "measure", lawful)
+    grid = papers.reproduce("kunin/fig8", full=True, seeds=3, seed=1, out=tmp_path)
+    rows = {row.quantity: row for row in grid.rows}
+    assert rows["R² of the line in log η/(1-β) alone"].ours > 0.999
+    assert abs(rows["difference of the first two: none if c depends on η/(1-β)"].ours) < 1e-2
+    assert abs(rows["mean difference of c in pairs of equal η/(1-β)"].ours) < 1e-2
+    sweeps = papers.reproduce("kunin/fig7", full=True, seeds=3, seed=1, out=tmp_path)
+    powers = [row.ours for row in sweeps.rows if row.published and "power" in row.quantity]
+    assert np.allclose(powers, [2, -1, 1], atol=1e-6)
+    assert not sweeps.differing
+
+
 def test_imagenet_that_is_not_here(tmp_path):
     with pytest.raises(NotAvailableError, match="images"):
         imagenet.measure(Bench("full", (1, 2), tmp_path, tmp_path), [], 1)
