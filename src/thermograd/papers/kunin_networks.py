@@ -270,7 +270,7 @@ def fig1(bench: Bench) -> Outcome:
     """Replicas from pretrained weights that are no minimum: what part of the displacement is drift, against S."""
     problem = problem_of(bench)
     batches = bench.choose((8, 32), (16, 64, 256), (16, 64, 256))
-    replicas, steps, every = bench.choose(8, 12, 32), bench.choose(400, 2_000, 4_000), 20
+    replicas, steps, every, beta = bench.choose(8, 12, 32), bench.choose(400, 2_000, 4_000), 20, 0.9
 
     def measure(seed: int) -> dict[str, Any]:
         theta = pretrained(bench, problem, seed)
@@ -279,7 +279,7 @@ def fig1(bench: Bench) -> Outcome:
         result: dict[str, Any] = {"loss": []}
         collect: dict[str, list[Any]] = {k: [] for k in ("drift", "noise", "local", "early", "exact_drift", "exact_c")}
         for batch in batches:
-            sgd = sgd_of(problem, lr, 0.9, batch)
+            sgd = sgd_of(problem, lr, beta, batch)
             paths = network_paths(problem, replicas, steps, sgd, seed=seed, record_every=every, start=theta)
             split = replica_split(select_all(paths.position - point.theta), lags)
             collect["drift"].append(split["replica_drift"])
@@ -306,7 +306,9 @@ def fig1(bench: Bench) -> Outcome:
     exact_c = np.stack([one["exact_c"] for one in found])
     exact_share = np.stack([one["exact_drift"] for one in found])
     middle = len(batches) // 2
-    ceiling = total[:, middle, -1] / (steps_at[-1] * np.array([one["local"][middle] for one in found]) * 1.9 / 0.1)
+    # what steps of this size make of uncorrelated noise: its velocities add up with the memory of the momentum
+    most = steps_at[-1] * np.array([one["local"][middle] for one in found]) * (1 + beta) / (1 - beta)
+    ceiling = total[:, middle, -1] / most
     flat = [one["local"][middle] / one["early"][middle] for one in found]
     logs = np.log10(batches)
     rows = [
