@@ -211,8 +211,8 @@ _LAYERS = ("layer1.weight", "layer2.weight", "layer3.weight")
     title="Noise as a power of the curvature, layer by layer",
     statement="The noise follows the mean square of the samples' Hessians, not H: C ∝ H^γ, 1 ≤ γ ≤ 2 in each layer.",
     data="MNIST",
-    cost="two minutes",
-    full_cost="an hour",
+    cost="four minutes",
+    full_cost="two hours",
 )
 def noise_exponent(bench: Bench) -> Outcome:
     """C_ii against H_ii and against E h²_ii in the eigenbasis of each layer's Hessian of a trained network."""

@@ -42,8 +42,8 @@ _Array = np.ndarray[Any, Any]
     statement="Minibatch losses are parabolas of scattered curvature and minimum, so the noise temperature is a "
     "parabola in the displacement; it is higher in sharper directions and falls as training goes on.",
     data=DATA,
-    cost="four minutes",
-    full_cost="one hour",
+    cost="two minutes",
+    full_cost="three hours",
 )
 def fig3(bench: Bench) -> Outcome:
     """Slopes of minibatch losses at five points along principal components and Hessian modes; T against flatness."""
@@ -174,8 +174,8 @@ def _temperature_panels(one: dict[str, _Array], lr: float) -> tuple[Panel, ...]:
     title="Correlation time against flatness",
     statement="The correlation time of the weights is longer in sharper directions, as the variance is larger.",
     data=DATA,
-    cost="three minutes",
-    full_cost="two hours",
+    cost="a minute",
+    full_cost="three hours",
 )
 def fig4(bench: Bench) -> Outcome:
     """τ = 2Var/Var(step) in sample, held out and in the Hessian basis, with and without replacement."""
