@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.polynomial import chebyshev
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from ..errors import ConvergenceError, InputError
@@ -43,15 +44,15 @@ class Descent:
     gradient_norm: float
 
     def at(self, time: float) -> float:
-        """The objective at a time, between the points linearly in the logarithm of time; at the end thereafter.
+        """The objective at a time: between the points by a monotone cubic in log time; at the end thereafter.
 
         >>> import torch
         >>> Descent(np.array([0.0, 1.0]), np.array([3.0, 1.0]), torch.zeros(1), 0.0).at(9.0)
         1.0
         """
-        first = self.time[1] if len(self.time) > 1 else 1.0
+        first = self.time[1]
         scale = np.log1p(self.time / first)
-        return float(np.interp(math.log1p(time / first), scale, self.loss))
+        return float(PchipInterpolator(scale, self.loss)(min(math.log1p(time / first), scale[-1])))
 
 
 def objective(problem: Problem, weight_decay: float, theta: Tensor) -> float:

@@ -81,7 +81,7 @@ class Forecast:
     def __post_init__(self) -> None:
         self.cold_bins, self.hot_bins = self.cold.binned(), self.hot.binned()
         sgd, run = self.standing.sgd, self.standing
-        mean_flow = self.flows[sgd.weight_decay][1]
+        mean_flow = self._held = self.flows[sgd.weight_decay][1]
         self.own = self._stationary(sgd, self.hot_bins)
         above = max(run.loss - mean_flow.loss[0], 0.0)
         unresolved = self._unresolved(sgd)
@@ -111,7 +111,8 @@ class Forecast:
 
     def mean_energy(self, sgd: SGD, time: float, level: float) -> float:
         """Excess of the objective at the mean of the weights after some time."""
-        here, mean = self.flows[sgd.weight_decay]
+        here = self.flows[sgd.weight_decay][0]
+        mean = self._held  # what noise holds is taken from the run, whatever the weight decay
         left = here.at(time) - self.bottom_for(sgd)
         end, share = mean.loss[-1], self.static_share
         full, half, late = ((mean.at(t) - end) * share for t in (0.0, time / 2, time))
@@ -215,7 +216,7 @@ class Forecast:
         fluctuation, level = self.join(cold, hot)
         if not math.isfinite(level):
             return math.inf
-        mean = self.flows[sgd.weight_decay][1]
+        mean = self._held
         held = (mean.loss[0] - mean.loss[-1]) * self.static_share
         return fluctuation + held * min(level, 1.0) ** 2 * max(level, 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,13 +93,18 @@ def _measure(
     key = _key(problem, theta, sgd, steps, drop_last, seed, run)
     if kept is not None and kept.attrs.get("key") == key:
         return _load(kept, problem)
-    standing = stand(run, problem, theta=theta, velocity=velocity, sgd=sgd, drop_last=drop_last, seed=seed)
+    half = _HalfDone(run, key)
+    standing = half.standing(problem) or stand(
+        run, problem, theta=theta, velocity=velocity, sgd=sgd, drop_last=drop_last, seed=seed
+    )
+    half.keep(standing=standing)
     progress.advance(1, "following the flow without noise")
     sgd = standing.sgd
     ahead = steps or default_steps(sgd, 2 * standing.rows)
     if ahead < 20:
         raise TooShortError(f"predictions look {ahead} steps ahead", expected="at least 20")
-    here, mean = flows_for(standing, sgd.weight_decay, ahead)
+    here, mean = half.flows() or flows_for(standing, sgd.weight_decay, ahead)
+    half.keep(standing=standing, flows=(here, mean))
     progress.advance(1, "measuring curvature and noise")
     cold, hot = measure_modes(problem, mean.theta, standing.points, seed)
     progress.advance()
@@ -106,7 +112,65 @@ def _measure(
     forecast.fits = _facts(forecast)
     if isinstance(run, str | os.PathLike) and "://" not in str(run):
         write_group(run, _GROUP, _saved(forecast, key))
+        half.remove()
     return forecast
+
+
+class _HalfDone:
+    """What an interrupted measurement had found, in a file of the run's folder, so that the next call goes on."""
+
+    def __init__(self, run: Any, key: str):
+        local = isinstance(run, str | os.PathLike) and "://" not in str(run)
+        self.path, self.key = (Path(run) / ".prediction.part" if local else None), key
+        self.found: dict[str, Any] = {}
+        if self.path is not None and self.path.is_file():
+            with contextlib.suppress(Exception):  # a damaged file is as good as none
+                found = torch.load(self.path, weights_only=True)
+                self.found = found if found["key"] == key else {}
+
+    def standing(self, problem: Problem) -> Standing | None:
+        if "standing" not in self.found:
+            return None
+        kept = dict(self.found["standing"])
+        return Standing(
+            problem=problem,
+            sgd=SGD.from_dict(kept.pop("sgd")),
+            losses=kept.pop("losses").numpy(),
+            points=tuple(kept.pop("points")),
+            **kept,
+        )
+
+    def flows(self) -> tuple[Descent, Descent] | None:
+        if "flows" not in self.found:
+            return None
+        here, mean = (Descent(t.numpy(), loss.numpy(), end, norm) for t, loss, end, norm in self.found["flows"])
+        return here, mean
+
+    def keep(self, standing: Standing, flows: tuple[Descent, Descent] | None = None) -> None:
+        if self.path is None or ("flows" in self.found) or (flows is None and "standing" in self.found):
+            return
+        names = ("theta", "velocity", "centre", "rows", "continued", "drop_last")
+        content: dict[str, Any] = {
+            "key": self.key,
+            "standing": {name: getattr(standing, name) for name in names}
+            | {
+                "sgd": standing.sgd.to_dict(),
+                "losses": torch.as_tensor(standing.losses),
+                "points": list(standing.points),
+            },
+        }
+        if flows is not None:
+            content["flows"] = [
+                (torch.as_tensor(f.time), torch.as_tensor(f.loss), f.theta, f.gradient_norm) for f in flows
+            ]
+        new = self.path.with_name(f"{self.path.name}.new")
+        torch.save(content, new)
+        os.replace(new, self.path)
+        self.found = content
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def flows_for(standing: Standing, weight_decay: float, steps: int) -> tuple[Descent, Descent]:

@@ -245,7 +245,7 @@ class Predictions:
                 "the weights spread beyond the region where the loss is a parabola",
             )
             if sgd.weight_decay != own.weight_decay:
-                moved = abs(here.loss[0] - here.loss[-1])
+                moved = abs(here.loss[0] - here.at(forecast.steps * own.effective_lr))
                 flag(
                     moved > limits["moved"] * size,
                     "another weight decay moves the bottom away from where it was measured",

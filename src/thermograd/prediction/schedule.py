@@ -22,7 +22,7 @@ class EquilibrationLR:
 
     As :class:`torch.optim.lr_scheduler.ReduceLROnPlateau`, but what decides is whether the run is stationary (Yaida
     2018): the fluctuation-dissipation identity holds and the loss has been shown not to drift, both on the last window
-    of steps, a third of all steps at this learning rate (:class:`~thermograd.trajectory.Equilibration`). Nothing else
+    of steps, half of all steps at this learning rate (:class:`~thermograd.trajectory.Equilibration`). Nothing else
     is evaluated: no validation pass, no metric.
 
     Call ``step()`` after each optimizer step or after each epoch.

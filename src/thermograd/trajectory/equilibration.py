@@ -68,8 +68,8 @@ class Equilibration:
         self,
         *,
         least: int = 400,
-        growth: float = 0.5,
-        tolerance: float = 0.05,
+        growth: float = 1.0,
+        tolerance: float = 0.1,
         wander_tolerance: float = 0.1,
         false_alarm: float = 0.05,
     ):
@@ -225,7 +225,7 @@ class WatchesEquilibrium:
 
         False until a window has shown it. Asking for it begins the test (see
         :class:`~thermograd.trajectory.Equilibration`; assign one with other settings to ``recorder.equilibration``): a
-        window whose loss still changes by the tolerance (5%) is called equilibrated with a probability of at most 5%.
+        window whose loss still changes by the tolerance (10%) is called equilibrated with a probability of at most 5%.
         """
         return self.equilibration.equilibrated
 

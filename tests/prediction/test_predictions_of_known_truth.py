@@ -1,0 +1,194 @@
+"""Predictions on linear regression, where the exact moments are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import thermograd as tg
+from thermograd.errors import HyperparameterError, InputError, StoreError
+from thermograd.prediction import modes as modes_file
+from thermograd.prediction.modes import measure_modes
+from thermograd.prediction.show import columns, rows
+from thermograd.theory import limiting
+from thermograd.whatif import measured_run
+
+SETTINGS = [
+    {}, {"lr": 0.005}, {"lr": 0.15}, {"batch_size": 2}, {"batch_size": 40}, {"momentum": 0.0}, {"momentum": 0.9},
+    {"lr": 0.01, "momentum": 0.9, "batch_size": 4}, {"sampling": "replacement"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(regression):
+    return measured_run(regression.folder, regression.problem)
+
+
+def truth(regression, sgd):
+    X = regression.X
+    H = X.T @ X / len(X) + sgd.weight_decay * np.eye(X.shape[1])
+    return 0.5 * float(np.trace(H @ limiting.linear_regression_moments(sgd, X, regression.y).position))
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_the_floor_is_the_exact_one_within_the_error_bar(regression, measured, change):
+    sgd = measured.sgd.replace(**change)
+    exact, row = truth(regression, sgd), measured.at(sgd)
+    # 4 errors; the exact value for reshuffling takes noise from the spread as white, a few percent
+    assert abs(row["stationary_excess_loss"] - exact) < 4 * row["excess_loss_stderr"] + 0.03 * exact
+    assert row["excess_loss_stderr"] < 0.5 * exact
+
+
+def test_rank_order_over_settings_is_exact(regression, measured):
+    sgds = [measured.sgd.replace(**change) for change in SETTINGS]
+    predicted = [measured.at(sgd)["stationary_excess_loss"] for sgd in sgds]
+    exact = [truth(regression, sgd) for sgd in sgds]
+    assert np.corrcoef(np.log(predicted), np.log(exact))[0, 1] > 0.998
+
+
+def test_weight_variances_are_those_of_the_sharpest_modes(regression, measured):
+    sgd = measured.sgd.replace(lr=0.01)
+    X = regression.X
+    values, vectors = np.linalg.eigh(X.T @ X / len(X))
+    position = limiting.linear_regression_moments(sgd, X, regression.y).position
+    exact = np.einsum("ij,ik,kj->j", vectors, position, vectors)[::-1]
+    np.testing.assert_allclose(measured.at(sgd)["weight_variance"][:5], exact, rtol=0.1)
+    np.testing.assert_allclose(np.sort(measured.forecast.hot.curvature)[::-1], values[::-1], rtol=1e-9)
+
+
+def test_flags_go_up_where_they_must(regression, measured):
+    own, top = measured.sgd, measured.forecast.top
+
+    def flags(**change):
+        return "; ".join(measured.at(own.replace(**change))["flags"])
+
+    assert flags() == ""
+    assert "stability bound" in flags(lr=2.2 * 1.6 / top)
+    assert np.isinf(measured.at(own.replace(lr=2.2 * 1.6 / top))["excess_loss"])
+    assert "mean square diverges" in flags(lr=1.4 / top, batch_size=1, momentum=0.0) or "times the run's" in flags(
+        lr=1.4 / top, batch_size=1, momentum=0.0
+    )
+    assert "times the run's" in flags(lr=0.4)
+    assert "one order" in flags(sampling="shuffle-once")
+    assert "another weight decay" in flags(weight_decay=0.5)
+
+
+def test_a_run_that_still_falls_is_flagged(regression, tmp_path):
+    X, y = torch.as_tensor(regression.X), torch.as_tensor(regression.y)
+    model = torch.nn.Linear(5, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.002)
+    problem = tg.Problem(model, torch.nn.MSELoss(), (X, y[:, None]))
+    with tg.Recorder(tmp_path / "run", problem, optimizer, batch_size=20, sampling="replacement"):
+        for k in range(300):
+            index = torch.randint(0, len(X), (20,), generator=torch.Generator().manual_seed(k))
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(X[index]), y[index][:, None]).backward()
+            optimizer.step()
+    row = measured_run(tmp_path / "run", problem, steps=200).at(
+        tg.SGD(lr=0.002, batch_size=20, dataset_size=len(X), sampling="replacement")
+    )
+    assert any("not stationary" in flag or "have not equilibrated" in flag for flag in row["flags"])
+
+
+def test_equivalent_settings_have_the_same_floor(measured):
+    rate = measured.equivalent(measured.sgd, 16)
+    there = measured.forecast.stationary_excess(measured.sgd.replace(lr=rate, batch_size=16))
+    assert there == pytest.approx(measured.forecast.stationary_excess(measured.sgd), rel=0.01)
+    assert 1.2 * measured.sgd.lr < rate < 4 * measured.sgd.lr
+
+
+def test_lists_become_dimensions_with_units(regression):
+    found = tg.predict(regression.folder, regression.problem, lr=[0.01, 0.05], batch_size=[4, 8, 16], momentum=0.5)
+    assert dict(found["excess_loss"].sizes) == {"lr": 2, "batch_size": 3}
+    assert float(found["momentum"]) == 0.5
+    assert found["excess_loss"].attrs["units"] == "loss"
+    assert found["weight_variance"].dims == ("lr", "batch_size", "mode")
+    one = tg.predict(regression.folder, regression.problem, lr=0.05, batch_size=16, momentum=0.5)
+    assert float(one["excess_loss"]) == float(found["excess_loss"].sel(lr=0.05, batch_size=16))
+    assert len(columns(found)) == 6
+    assert rows(one)[0][0].startswith("mean loss")
+    falling = found["excess_loss"].values
+    assert (np.diff(falling, axis=0) > 0).all()  # more with the learning rate
+    assert (np.diff(falling, axis=1) < 0).all()  # less with the batch size
+
+
+def test_what_was_measured_is_kept_and_used_again(regression, measured, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("thermograd.prediction.measuring.measure_modes", never)
+    again = measured_run(regression.folder, regression.problem)
+    assert again.at(again.sgd)["excess_loss"] == measured.at(measured.sgd)["excess_loss"]
+
+
+def test_bad_input_is_refused(regression, measured, tmp_path):
+    for change, error in (
+        ({"lr": -1}, HyperparameterError),
+        ({"lr": "fast"}, InputError),
+        ({"lr": []}, InputError),
+        ({"lr": [0.1, 0.1]}, InputError),
+        ({"batch_size": 2.5}, InputError),
+        ({"batch_size": 1000}, HyperparameterError),
+        ({"momentum": 1.0}, HyperparameterError),
+        ({"sampling": "sorted"}, InputError),
+        ({"steps": 3}, InputError),
+    ):
+        with pytest.raises(error):
+            tg.predict(regression.folder, regression.problem, **change)
+    with pytest.raises(StoreError, match="config"):
+        tg.predict(regression.folder, lr=0.1)
+    with pytest.raises(StoreError, match="exist"):
+        tg.predict(tmp_path / "nowhere", lr=0.1)
+    with pytest.raises(InputError, match="path"):
+        tg.predict(measured, lr=0.1)
+
+
+def test_modes_by_quadrature_give_the_sums_over_all_modes(monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Tanh(), torch.nn.Linear(10, 4)).double()
+    X, y = torch.randn(200, 12, dtype=torch.float64), torch.randint(0, 4, (200,))
+    problem = tg.Problem(model, torch.nn.CrossEntropyLoss(), (X, y))
+    points = [problem.theta + 0.02 * torch.randn(problem.P, dtype=torch.float64) for _ in range(4)]
+    dense = measure_modes(problem, problem.theta, points)
+    monkeypatch.setattr(modes_file, "DENSE", 0)
+    monkeypatch.setattr(modes_file, "_SHARP", 8)
+    sparse = measure_modes(problem, problem.theta, points)
+    for full, part in zip(dense, sparse, strict=True):
+        assert part.probes == 12
+        for cut in (0.01, 0.1, 1.0):
+
+            def total(found, cut=cut):
+                weight = (found.coloured + found.white) * np.maximum(found.energy, 0) / (np.abs(found.curvature) + cut)
+                return weight, float(weight.sum())
+
+            each, value = total(part)
+            sums = np.array([each[part.probe == p].sum() * part.probes for p in range(part.probes)])
+            error = sums.std(ddof=1) / np.sqrt(part.probes)
+            assert abs(value - total(full)[1]) < 4 * error + 0.04 * abs(total(full)[1])
+    joined = dense[0].binned()
+    assert joined.coloured.sum() == pytest.approx(dense[0].coloured.sum())
+    assert (joined.coloured * joined.energy).sum() == pytest.approx((dense[0].coloured * dense[0].energy).sum())
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(regression, tmp_path, monkeypatch):
+    import shutil
+
+    import thermograd.prediction.measuring as module
+
+    folder = tmp_path / "run"
+    shutil.copytree(regression.folder, folder)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "measure_modes", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            measured_run(folder, regression.problem, steps=500)
+    assert (folder / ".prediction.part").is_file()
+    monkeypatch.setattr(module, "flows_for", interrupt)
+    again = measured_run(folder, regression.problem, steps=500)
+    assert not (folder / ".prediction.part").exists()
+    fresh = measured_run(regression.folder, regression.problem)
+    assert again.forecast.kappa == pytest.approx(fresh.forecast.kappa, rel=1e-3)
