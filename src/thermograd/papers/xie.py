@@ -134,7 +134,8 @@ def _noise_panel(name: str, found: list[dict[str, _Array]]) -> Panel:
 
 _DECAY = 1e-3  # weight decay, without which a network that fits its data has no minimum to escape from
 _BOUNDARY = 2.0  # the valley ends where the loss is this many times that of the minimum
-_BATCH, _FACTORS = 4, np.array([1.0, 1.25, 1.5, 1.75])  # both B and 1/η go over these multiples
+_FACTORS = np.array([1.0, 1.125, 1.25, 1.375, 1.5, 1.75])  # 1/η over the least
+_BATCHES = np.array([4, 5, 6, 7])
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _log_times(rates: _Array) -> _Array:
 def _hottest(valley: _Valley, unit: float, wanted: float) -> float:
     """Learning rate at which the mean escape takes ``wanted`` steps, between those of a coarse grid."""
     lr = unit * np.geomspace(0.8, 0.05, 12)
-    time = np.maximum.accumulate(_log_times(_rates(*valley.escapes(lr, np.full(12, _BATCH), 16, int(4 * wanted)))))
+    time = np.maximum.accumulate(_log_times(_rates(*valley.escapes(lr, np.full(12, _BATCHES[0]), 16, int(4 * wanted)))))
     return float(1 / np.interp(np.log(wanted), time, 1 / lr))
 
 
@@ -184,10 +185,10 @@ def _measured_valley(bench: Bench, file: str, seed: int) -> dict[str, Any]:
     theta, loss = trained.theta[0], float(trained.loss[0, -1])
     valley, barrier = _Valley(problem, theta, _BOUNDARY * loss, seed), (_BOUNDARY - 1) * loss
     # where the quadratic theory's mean excess loss, η Tr C / 4B, is the barrier
-    unit = 4 * _BATCH * barrier / float(strength(problem, theta).value)
+    unit = 4 * _BATCHES[0] * barrier / float(strength(problem, theta).value)
     hot = _hottest(valley, unit, bench.choose(20.0, 100.0, 100.0))
-    lr = hot / np.concatenate([_FACTORS, np.ones_like(_FACTORS)])
-    batch = np.concatenate([np.full(len(_FACTORS), _BATCH), _BATCH * _FACTORS])
+    lr = hot / np.concatenate([_FACTORS, np.ones(len(_BATCHES))])
+    batch = np.concatenate([np.full(len(_FACTORS), _BATCHES[0]), _BATCHES])
     runs = bench.choose(8, 20, 100)
     time, watched = valley.escapes(lr, batch, runs, bench.choose(500, 4000, 100_000))
     whole_rows = ~np.isnan(time).any(axis=1)  # a spread without the late ones would be too small
@@ -211,11 +212,11 @@ def _escape(bench: Bench, file: str, name: str) -> Outcome:
     """-log γ of one table's network against 1/η, which is 1/k, and B; Theorem 3.2 beside."""
     found = bench.each_seed("escapes", lambda seed: _measured_valley(bench, file, seed))
     rates, seeds, count = stacked(found, "rates"), len(found), len(_FACTORS)
-    predicted = np.mean([one["slope"] * _BATCH / one["lr"][0] for one in found])  # of -log γ in the multiples
+    predicted = np.mean([one["slope"] * _BATCHES[0] / one["lr"][0] for one in found])  # of -log γ in the multiples
     lines, panels = [], []
     for label, x, part in (
         ("1/η, in units of each network's own", _FACTORS, rates[:, :count]),
-        ("batch size B", _BATCH * _FACTORS, rates[:, count:]),
+        ("batch size B", _BATCHES.astype(float), rates[:, count:]),
     ):
         y, seen = _log_times(part), np.all(part[..., 0] >= _LEAST, axis=0)
         if seen.sum() < 3:
@@ -237,8 +238,8 @@ def _escape(bench: Bench, file: str, name: str) -> Outcome:
         rows, tuple(panels), _escape_caveats(runs * rates.shape[1], int(rates[..., 0].sum())),
         f"Networks d-10-classes, weight decay {_DECAY:g}, trained with all samples to a loss of "
         f"{np.mean([float(one['loss']) for one in found]):.3g}; {runs} escapes a point from there to {_BOUNDARY:g} "
-        f"times that loss, B = {_BATCH} or the largest of the learning rates: that at which the mean escape of the "
-        "network took 100 steps in a pilot. The paper's widths and rates are not known.",
+        f"times that loss, B = {_BATCHES[0]} or the largest of the learning rates: that at which the mean escape of "
+        "the network took 100 steps in a pilot. The paper's widths and rates are not known.",
     )  # fmt: skip
 
 
