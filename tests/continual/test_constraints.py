@@ -300,7 +300,7 @@ def test_directions_from_a_recorded_run(network: nn.Module, blobs: Data, tmp_pat
     torch.testing.assert_close((held.directions * expected).sum(0).abs(), torch.ones(4, dtype=torch.float64))
     widths = tg.landscape.flatness(problem, expected)
     h = torch.as_tensor(8 * (math.e - 1) * widths.loss / widths.flatness**2)
-    torch.testing.assert_close(held.curvature, h, rtol=0.03, atol=1e-9)
+    torch.testing.assert_close(held.curvature, h, rtol=1e-3, atol=1e-9)
     both = LandscapeConstraint(directions=("trajectory", "hessian"), weights="curvature", rank=4).fit(problem, run=path)
     assert both.form.directions.shape == (problem.P, 8)
     H = tg.landscape.hessian(problem).dense()

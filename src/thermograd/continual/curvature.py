@@ -152,8 +152,11 @@ def score_problem(problem: Problem, index: Tensor, scores: Tensor) -> Problem:
 
 def pulled_back(
     problem: Problem, index: Tensor, temperature: float, draws: int | None, seed: int
-) -> Iterator[PerLayer]:
-    """The gradients J_i^T s_im of all m and n, layer by layer, for as many samples at a time as memory allows."""
+) -> Iterator[tuple[PerLayer, int]]:
+    """The gradients J_i^T s_im layer by layer for as many samples at a time as memory allows, and the number of m.
+
+    They are in the order of m, then i; so are a layer's inputs, which are alike for all m.
+    """
     with torch.no_grad():
         outputs, _ = problem.differentiable_outputs(problem.theta, index[:1])
     each = draws or outputs.numel()  # inputs are repeated for every score
@@ -162,5 +165,5 @@ def pulled_back(
     with bar("curvature of the finished task", len(blocks)) as progress:
         for i, block in enumerate(blocks):
             scores = output_scores(problem, block, temperature, draws, seed + _APART * i)
-            yield PerLayer(score_problem(problem, block, scores))
+            yield PerLayer(score_problem(problem, block, scores)), len(scores)
             progress.advance()

@@ -56,7 +56,7 @@ class EWC(Constraint):
 
     def _measure(self, problem: Problem, index: Tensor, **measured_on: Any) -> Diagonal:
         squares = torch.zeros_like(problem.theta)
-        for layers in pulled_back(problem, index, self.temperature, self.draws, self.seed + self.tasks):
+        for layers, _ in pulled_back(problem, index, self.temperature, self.draws, self.seed + self.tasks):
             squares += layers.mean_squares() * len(layers)
         return Diagonal(squares / len(index), problem.theta)
 

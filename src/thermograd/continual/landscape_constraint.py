@@ -185,7 +185,7 @@ class LandscapeConstraint(Constraint):
             part = Problem(
                 problem.model, problem.criterion, (inputs, targets), params=problem.names, dtype=problem.dtype
             )
-        widths = landscape.flatness(part, vectors, rise=_RISE, rtol=1e-2)
+        widths = landscape.flatness(part, vectors, rise=_RISE)
         return torch.as_tensor(_parabola(widths.flatness, widths.loss)).to(vectors)
 
 

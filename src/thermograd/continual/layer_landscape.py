@@ -104,9 +104,9 @@ class LayerLandscape(Constraint):
 
     def _matrices(self, problem: Problem, index: Tensor) -> Iterator[dict[str, _Gradients | Factors]]:
         """Block by block the gradients of every weight matrix by name, and what is left as it comes."""
-        for layers in pulled_back(problem, index, self.temperature, self.draws, self.seed + self.tasks):
-            for _, pieces in layers.kept():
-                yield _by_matrix(pieces, layers, problem)
+        for layers, scores in pulled_back(problem, index, self.temperature, self.draws, self.seed + self.tasks):
+            for samples, pieces in layers.kept():
+                yield _by_matrix(pieces, layers, problem, scores if len(samples) == len(layers) else 1)
 
     def _bounded(self, total: Form) -> Form:
         """Cut the input directions of all layers to the memory, those that hold the least curvature per number."""
@@ -152,21 +152,30 @@ class _Gradients:
     inputs: Tensor | None  # [n, T, in], a one last where there is a bias
     positions: Tensor  # of the weight, then the bias, in theta
     bias: bool
+    repeats: int = 1  # the inputs are so many equal parts, one after the other
 
     def along(self, left: Tensor, right: Tensor) -> Tensor:
         """Sums over samples of the squared components along outer products, [q, r]."""
         if self.inputs is None:
             return (left.T @ self.signals @ right).square().sum(0)
-        g, x = self.signals @ left, self.inputs @ right  # [n, T, q], [n, T, r]
+        g = self.signals @ left  # [n, T, q]
         if g.shape[1] == 1:
-            return g[:, 0].square().T @ x[:, 0].square()
-        return (g.mT @ x).square().sum(0)
+            squares = g[:, 0].square().unflatten(0, (self.repeats, -1)).sum(0)
+            return squares.T @ (self._distinct @ right).square()
+        return (g.mT @ (self.inputs @ right)).square().sum(0)
+
+    @property
+    def _distinct(self) -> Tensor:
+        """The inputs at the only position, each once, [b, in]."""
+        assert self.inputs is not None
+        return self.inputs[: len(self.inputs) // self.repeats, 0]
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Sums of G G^T [out, out] and G^T G [in, in]."""
         if self.inputs is not None and self.inputs.shape[1] == 1:
-            g, x = self.signals[:, 0], self.inputs[:, 0]
-            by_x, by_g = g * x.norm(dim=1, keepdim=True), x * g.norm(dim=1, keepdim=True)
+            g, x = self.signals[:, 0].unflatten(0, (self.repeats, -1)), self._distinct  # [m, b, out], [b, in]
+            by_x = (g * x.norm(dim=1, keepdim=True)).flatten(0, 1)
+            by_g = x * g.square().sum((0, 2))[:, None].sqrt()
             return by_x.T @ by_x, by_g.T @ by_g
         whole = self.signals if self.inputs is None else self.signals.mT @ self.inputs  # [n, out, in]
         rows, columns = whole.movedim(1, 0).flatten(1), whole.flatten(0, 1)
@@ -205,11 +214,13 @@ class _Moments:
         self.curvature += gradients.along(self.left, self.right)
 
 
-def _by_matrix(pieces: list[Factors], layers: PerLayer, problem: Problem) -> dict[str, _Gradients | Factors]:
+def _by_matrix(
+    pieces: list[Factors], layers: PerLayer, problem: Problem, repeats: int
+) -> dict[str, _Gradients | Factors]:
     found: dict[str, _Gradients | Factors] = {}
     for piece in pieces:
         if isinstance(piece, Outer):
-            found[piece.name] = _of_outer(piece)
+            found[piece.name] = _of_outer(piece, repeats)
         elif isinstance(piece, Rows):
             found |= _of_rows(piece, layers)
         else:
@@ -217,12 +228,12 @@ def _by_matrix(pieces: list[Factors], layers: PerLayer, problem: Problem) -> dic
     return _with_shapes(found, problem)
 
 
-def _of_outer(piece: Outer) -> _Gradients:
+def _of_outer(piece: Outer, repeats: int) -> _Gradients:
     positions, inputs = torch.arange(piece.place.start, piece.place.stop), piece.second
     if piece.bias is not None:
         positions = torch.cat([positions, torch.arange(piece.bias.start, piece.bias.stop)])
         inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=2)
-    return _Gradients(piece.first, inputs, positions, piece.bias is not None)
+    return _Gradients(piece.first, inputs, positions, piece.bias is not None, repeats)
 
 
 def _of_rows(piece: Rows, layers: PerLayer) -> dict[str, _Gradients | Factors]:
