@@ -203,6 +203,7 @@ def predict(
     sampling: Annotated[str | None, typer.Option(help="replacement, reshuffle or shuffle-once.")] = None,
     steps: Annotated[int | None, typer.Option(help="How many steps after the change.")] = None,
     maps: Annotated[bool, typer.Option("--sweep", metavar="", help="Draw maps over rate and batch size.")] = False,
+    budget: Annotated[int | None, typer.Option(help="Steps left: when should the rate be lowered?")] = None,
 ) -> None:
     """Predict what a run would do at other hyperparameters, from the run's folder alone.
 
@@ -216,7 +217,7 @@ def predict(
     }
     if sampling is not None:
         asked["sampling"] = sampling
-    _say_report(predict_and_show(out, path, asked, steps=steps, sweep=maps))
+    _say_report(predict_and_show(out, path, asked, steps=steps, sweep=maps, budget=budget))
 
 
 @app.command(epilog="Example: thermograd validate runs/demo --replicas 4")

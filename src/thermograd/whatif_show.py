@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import StoreError
-from .prediction import Predictions
+from .prediction import Predictions, advise
 from .prediction import predict as predict_measured
 from .prediction.show import columns, flags, heading, number, rows
 from .prediction.show import sweep as sweep_of
@@ -26,7 +26,9 @@ __all__ = ["predict_and_show", "validate_and_show"]
 _SIDE_BY_SIDE = 4  # settings shown as columns
 
 
-def predict_and_show(console: Console, path: Path, asked: dict[str, Any], *, steps: int | None, sweep: bool) -> Path:
+def predict_and_show(
+    console: Console, path: Path, asked: dict[str, Any], *, steps: int | None, sweep: bool, budget: int | None
+) -> Path:
     """Predict, print the table, write the page; its path is returned."""
     ready = measured_run(path, steps=steps)
     problem = ready.forecast.standing.problem
@@ -45,6 +47,8 @@ def predict_and_show(console: Console, path: Path, asked: dict[str, Any], *, ste
         f"steps; the run itself: {number(found.attrs['run_loss'])}.",
         highlight=False,
     )
+    if budget is not None:
+        console.print(str(advise(ready, budget)), highlight=False)
     swept = sweep_of(ready) if sweep else None
     return prediction_html(found, path, swept, _kept_validation(path))
 

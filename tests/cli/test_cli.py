@@ -33,7 +33,7 @@ steps = 400
 [measure]
 laws = ["curvature_stability", "fluctuation_dissipation"]
 """
-COMMANDS = ("demo", "run", "check", "report", "laws")
+COMMANDS = ("demo", "run", "check", "report", "laws", "predict", "validate")
 
 
 def thermograd(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ margins for any learning rate, batch size, momentum, weight decay and sampling s
 
 from __future__ import annotations
 
+from .advice import Advice, advise
 from .forecast import Excess, Forecast
 from .measuring import measure
 from .moments import BlockMoments, block_moments
@@ -14,11 +15,13 @@ from .predicting import Predictions, predict, predictions
 from .validation import Validation, validate
 
 __all__ = [
+    "Advice",
     "BlockMoments",
     "Excess",
     "Forecast",
     "Predictions",
     "Validation",
+    "advise",
     "block_moments",
     "measure",
     "predict",

@@ -127,7 +127,8 @@ class Forecast:
     def _curvature(self, sgd: SGD, modes: Modes) -> Array:
         return np.maximum(modes.curvature, -sgd.weight_decay)
 
-    def _energies(self, sgd: SGD, modes: Modes) -> Array:
+    def energies(self, sgd: SGD, modes: Modes) -> Array:
+        """What turns mean squares into loss, twice over: curvature with weight decay, none below zero, [n]."""
         return np.maximum(modes.energy + sgd.weight_decay, 0.0)
 
     def variances(self, sgd: SGD, modes: Modes) -> Array:
@@ -142,18 +143,19 @@ class Forecast:
         ) + schemes.weight_variance(white, curvature, modes.white * factor)
 
     def _stationary(self, sgd: SGD, modes: Modes) -> float:
-        return 0.5 * float(self._energies(sgd, modes) @ self.variances(sgd, modes))
+        return 0.5 * float(self.energies(sgd, modes) @ self.variances(sgd, modes))
 
     def curve(self, sgd: SGD, modes: Modes, edges: NDArray[np.int64]) -> Array:
         """Fluctuation averaged over blocks of steps from the run's last weights on, [m]."""
-        return 0.5 * self._moments(sgd, modes, edges) @ self._energies(sgd, modes)
+        return 0.5 * self.moments(sgd, modes, edges) @ self.energies(sgd, modes)
 
-    def _moments(self, sgd: SGD, modes: Modes, edges: NDArray[np.int64]) -> Array:
+    def moments(self, sgd: SGD, modes: Modes, edges: NDArray[np.int64], position: Array | float = 0.0) -> Array:
+        """Mean square of the position of each mode over blocks of steps, from a given offset at rest, [m, n]."""
         if sgd.sampling == "shuffle-once":  # the average over orders, once it is stationary
             return np.broadcast_to(self.variances(sgd, modes), (len(edges) - 1, len(modes.curvature)))
         found = block_moments(
             sgd, self._curvature(sgd, modes), modes.coloured, edges, white=modes.white,
-            drop_last=self.standing.drop_last,
+            position=position, drop_last=self.standing.drop_last,
         )  # fmt: skip
         return found.position
 
@@ -166,7 +168,7 @@ class Forecast:
         within = schemes.weight_variance_window(
             sgd, curvature, modes.coloured * factor, rows
         ) + schemes.weight_variance_window(white, curvature, modes.white * factor, rows)
-        return 0.5 * float(self._energies(sgd, modes) @ np.maximum(self.variances(sgd, modes) - within, 0))
+        return 0.5 * float(self.energies(sgd, modes) @ np.maximum(self.variances(sgd, modes) - within, 0))
 
     def level(self, cold: float, hot: float) -> float:
         """x: the fluctuation in units of the run's, infinite where the noise feeds itself."""
@@ -200,13 +202,13 @@ class Forecast:
         probes = self._probe_error(sgd, edges)
         beyond = abs(level - near) * abs(hot - cold) / 2
         misfit = abs(self.scale - 1) * fluctuation / 2
-        return float(np.sqrt(loss**2 + probes**2 + beyond**2 + misfit**2 + (mean / 4) ** 2))
+        return math.hypot(loss, probes, beyond, misfit, mean / 4)
 
     def _probe_error(self, sgd: SGD, edges: NDArray[np.int64]) -> float:
         modes = self.cold_bins
         if modes.probes < 2:
             return 0.0
-        each = 0.5 * self._moments(sgd, modes, edges)[0] * self._energies(sgd, modes)
+        each = 0.5 * self.moments(sgd, modes, edges)[0] * self.energies(sgd, modes)
         sums = np.array([each[modes.probe == p].sum() * modes.probes for p in range(modes.probes)])
         return float(sums.std(ddof=1) / math.sqrt(modes.probes))
 
