@@ -58,6 +58,11 @@ def test_sampled_fisher_is_made_of_its_scores(name: str) -> None:
     linearised = sampled_fisher(problem, draws=3, seed=5, method="linearised")
     assert relative(linearised @ block, true @ block) < 1e-10
     assert torch.equal(sampled_fisher(problem, draws=3, seed=5).scores, F.scores)
+    single = case.problem(dtype=torch.float32)
+    for method in ("reverse", "linearised"):
+        found = sampled_fisher(single, draws=3, seed=5, method=method)
+        assert found.dtype == found.scores.dtype == torch.float32
+        assert relative((found @ block.float()).double(), true @ block) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["mlp-mse", "weights-smoothing", "bce", "relu-cross-entropy"])
