@@ -187,7 +187,11 @@ def report(
     from .report import compare_html
 
     if len(paths) == 1:
-        return _write_report(LawSheet.load(paths[0]), out_file or paths[0] / "report.html")
+        from .whatif_show import kept_page
+
+        _write_report(LawSheet.load(paths[0]), out_file or paths[0] / "report.html")
+        what_if = kept_page(paths[0])
+        return None if what_if is None else _say_report(what_if)
     sheets = {str(path): LawSheet.load(path) for path in paths}
     return _say_report(compare_html(sheets, out_file or paths[0].parent / "comparison.html"))
 

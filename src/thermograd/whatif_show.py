@@ -16,12 +16,13 @@ from .prediction.show import columns, flags, heading, number, rows
 from .prediction.show import sweep as sweep_of
 from .prediction.validation import Validation, load
 from .report import prediction_html
+from .trajectory import open_run
 from .whatif import VALIDATION, measured_run, validate
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["predict_and_show", "validate_and_show"]
+__all__ = ["kept_page", "predict_and_show", "validate_and_show"]
 
 _SIDE_BY_SIDE = 4  # settings shown as columns
 
@@ -76,6 +77,15 @@ def validate_and_show(console: Console, path: Path, *, fresh: bool, **options: A
     )
     ready = measured_run(path, steps=options.get("steps"), drop_last=False)
     return prediction_html(_own(ready, path), path, None, found)
+
+
+def kept_page(path: Path) -> Path | None:
+    """Write the page of a run whose predictions were measured before, from what is kept; None where none were."""
+    if "prediction" not in open_run(path).children:
+        return None
+    steps = int(open_run(path)["prediction"].attrs["asked_steps"]) or None
+    ready = measured_run(path, steps=steps)
+    return prediction_html(_own(ready, path), path, sweep_of(ready), _kept_validation(path))
 
 
 def _own(ready: Predictions, path: Path) -> xarray.Dataset:

@@ -151,3 +151,13 @@ def test_bad_input_exits_with_2_and_says_what_to_do(folder: Path, tmp_path: Path
     code, text = invoke("predict", str(tmp_path / "scheduled"))
     assert code == 2
     assert "schedule" in text
+
+
+def test_the_report_has_the_page_where_predictions_were_measured(folder: Path) -> None:
+    assert invoke("check", str(folder), "--law", "curvature_stability")[0] == 0
+    assert invoke("predict", str(folder), "--steps", "200")[0] == 0
+    (folder / "predict.html").unlink()
+    code, text = invoke("report", str(folder))
+    assert code == 0, text
+    assert "predict.html" in text
+    assert "Map of the excess loss" in (folder / "predict.html").read_text()

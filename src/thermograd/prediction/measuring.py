@@ -111,7 +111,7 @@ def _measure(
     forecast = Forecast(standing, cold, hot, {sgd.weight_decay: (here, mean)}, ahead)
     forecast.fits = _facts(forecast)
     if isinstance(run, str | os.PathLike) and "://" not in str(run):
-        write_group(run, _GROUP, _saved(forecast, key))
+        write_group(run, _GROUP, _saved(forecast, key).assign_attrs(asked_steps=steps or 0))
         half.remove()
     return forecast
 
