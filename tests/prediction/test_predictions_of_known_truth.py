@@ -192,3 +192,23 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(regression, tmp_pat
     assert not (folder / ".prediction.part").exists()
     fresh = measured_run(regression.folder, regression.problem)
     assert again.forecast.kappa == pytest.approx(fresh.forecast.kappa, rel=1e-3)
+
+
+def test_the_full_batch_has_no_noise(regression, measured):
+    row = measured.at(measured.sgd.replace(batch_size=160))
+    assert row["fluctuation"] == 0
+    assert row["stationary_excess_loss"] == 0
+    assert row["distance"] == 0
+    assert row["excess_loss"] == row["mean_excess"]
+    assert np.isfinite(row["loss"])
+
+
+def test_nesterov_and_dampening_are_predicted_too(regression, measured):
+    for change in ({"nesterov": True}, {"dampening": 0.3}):
+        row = measured.at(measured.sgd.replace(**change))
+        assert np.isfinite(row["excess_loss"])
+        assert np.isfinite(row["stationary_excess_loss"])
+    damped = measured.at(measured.sgd.replace(dampening=0.3, lr=0.05 / 0.7))
+    assert damped["stationary_excess_loss"] == pytest.approx(
+        measured.at(measured.sgd)["stationary_excess_loss"], rel=1e-9
+    )

@@ -29,8 +29,8 @@ momentum = 0.5
 weight_decay = 2e-2
 [training]
 batch_size = 20
-burn_in_steps = 1500
-steps = 600
+burn_in_steps = 500
+steps = 400
 [measure]
 laws = []
 """
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_predict_prints_the_table_and_writes_the_page(folder: Path) -> None:
-    code, text = invoke("predict", str(folder), "--lr", "0.05", "--batch-size", "40", "--steps", "200")
+    code, text = invoke("predict", str(folder), "--lr", "0.05", "--batch-size", "40", "--steps", "100")
     assert code == 0, text
     for label in (
         "excess over the bottom", "loss floor", "steps to equilibrate", "weight variance", "variance of the training",
@@ -64,7 +64,7 @@ def test_predict_prints_the_table_and_writes_the_page(folder: Path) -> None:
 
 def test_maps_and_many_settings(folder: Path) -> None:
     code, text = invoke(
-        "predict", str(folder), "--sweep", "--steps", "200", "--budget", "300",
+        "predict", str(folder), "--sweep", "--steps", "100", "--budget", "300",
         *(part for rate in (0.01, 0.02, 0.05, 0.1, 0.2) for part in ("--lr", str(rate))),
     )  # fmt: skip
     assert code == 0, text
@@ -76,7 +76,7 @@ def test_maps_and_many_settings(folder: Path) -> None:
 
 
 def test_validate_freezes_trains_resumes_and_shows(folder: Path) -> None:
-    code, text = invoke("validate", str(folder), "--replicas", "2", "--steps", "80")
+    code, text = invoke("validate", str(folder), "--replicas", "2", "--steps", "100")
     assert code == 0, text
     assert "Median relative error" in text
     kept = folder / "validation"
@@ -84,10 +84,10 @@ def test_validate_freezes_trains_resumes_and_shows(folder: Path) -> None:
     assert len(frozen["predictions"]) >= 12
     assert len(list(kept.glob("setting-*.json"))) == len(frozen["predictions"])
     assert "Checked by doing it" in (folder / "predict.html").read_text()
-    code, again = invoke("validate", str(folder), "--replicas", "2", "--steps", "80")
+    code, again = invoke("validate", str(folder), "--replicas", "2", "--steps", "100")
     assert code == 0
     assert again.splitlines()[-3:] == text.splitlines()[-3:]
-    code, text = invoke("validate", str(folder), "--replicas", "3", "--steps", "80")
+    code, text = invoke("validate", str(folder), "--replicas", "3", "--steps", "100")
     assert code == 2
     assert "--fresh" in text
 
@@ -95,14 +95,14 @@ def test_validate_freezes_trains_resumes_and_shows(folder: Path) -> None:
 def test_python_and_command_agree_and_need_nothing_but_the_folder(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
-    here, there = (tg.predict(place, lr=0.05, steps=200) for place in (folder, moved))
+    here, there = (tg.predict(place, lr=0.05, steps=100) for place in (folder, moved))
     assert float(here["excess_loss"]) == pytest.approx(float(there["excess_loss"]), rel=1e-6)
-    assert here.attrs["steps"] == 200
+    assert here.attrs["steps"] == 100
 
 
 def test_the_last_weights_and_momentum_are_those_of_the_checkpoint(folder: Path) -> None:
     run = tg.open_run(folder)["trajectory"]
-    standing = measured_run(folder, steps=200).forecast.standing
+    standing = measured_run(folder, steps=100).forecast.standing
     np.testing.assert_allclose(standing.theta.numpy(), run["theta"].values[-1], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(standing.velocity.numpy(), run["velocity"].values[-1], rtol=1e-3, atol=1e-4)
     assert not standing.continued
@@ -110,16 +110,16 @@ def test_the_last_weights_and_momentum_are_those_of_the_checkpoint(folder: Path)
 
 def test_a_run_that_recorded_a_layer_alone_is_continued_to_look_at_it(folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "layer.toml"
-    config.write_text(CONFIG.replace("steps = 600", 'steps = 300\nrecord = "layer2"'))
+    config.write_text(CONFIG.replace("steps = 400", 'steps = 300\nrecord = "layer2"'))
     train(str(config), tmp_path / "run")
     ready = measured_run(tmp_path / "run", steps=150)
     assert ready.forecast.standing.continued
-    assert ready.forecast.standing.problem.P == measured_run(folder, steps=200).forecast.standing.problem.P
+    assert ready.forecast.standing.problem.P == measured_run(folder, steps=100).forecast.standing.problem.P
     assert np.isfinite(ready.at(ready.sgd)["excess_loss"])
 
 
 def test_advice_lowers_the_rate_late_once_all_is_equilibrated(folder: Path) -> None:
-    ready = measured_run(folder, steps=200)
+    ready = measured_run(folder, steps=100)
     advice = advise(ready, 600)
     assert 0 < advice.best_step < 600
     assert advice.best_excess < advice.constant_excess
@@ -144,7 +144,7 @@ def test_bad_input_exits_with_2_and_says_what_to_do(folder: Path, tmp_path: Path
         assert "Error" in text
     scheduled = tmp_path / "scheduled.toml"
     scheduled.write_text(
-        CONFIG.replace("burn_in_steps = 1500", "burn_in_steps = 0").replace("steps = 600", "steps = 100")
+        CONFIG.replace("burn_in_steps = 500", "burn_in_steps = 0").replace("steps = 400", "steps = 100")
         + '\n[training.schedule]\nname = "StepLR"\narguments = { step_size = 50 }\n'
     )
     train(str(scheduled), tmp_path / "scheduled")
@@ -155,7 +155,7 @@ def test_bad_input_exits_with_2_and_says_what_to_do(folder: Path, tmp_path: Path
 
 def test_the_report_has_the_page_where_predictions_were_measured(folder: Path) -> None:
     assert invoke("check", str(folder), "--law", "curvature_stability")[0] == 0
-    assert invoke("predict", str(folder), "--steps", "200")[0] == 0
+    assert invoke("predict", str(folder), "--steps", "100")[0] == 0
     (folder / "predict.html").unlink()
     code, text = invoke("report", str(folder))
     assert code == 0, text
