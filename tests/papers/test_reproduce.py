@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from typer.testing import CliRunner
 
 from thermograd import SGD, papers
 from thermograd.cli import app
-from thermograd.errors import InputError, NonFiniteError, NotAvailableError
+from thermograd.errors import InputError, NonFiniteError, NotAvailableError, ThermogradWarning
 from thermograd.papers import Outcome, Panel, Published, Row, Series, mori
-from thermograd.papers.item import Bench, Item
+from thermograd.papers.item import Bench, Item, expected_warnings
 from thermograd.papers.outcome import between_seeds
 from thermograd.simulate import first_passage, linear_regression_sgd
 
@@ -158,3 +159,18 @@ def test_passage_steps_of_given_samples():
     found = first_passage(linear_regression_sgd, sgd, X, y, ratios, max_steps=100_000, replicas=4000, seed=1)
     assert np.all(np.abs(found.mean / exact - 1) < 4 / 4000**0.5)
     assert np.allclose(mori.steps_of_samples(X, y, 0.3, ratios, cells=1200), exact, rtol=0.005)
+
+
+def test_what_an_interrupt_cut_short_is_not_kept(tmp_path):
+    """Simulations return what they have after Ctrl-C, with a warning; neither a part nor the ignoring of warnings
+    lets that pass."""
+
+    def cut_short():
+        with expected_warnings():
+            warnings.warn("a threshold was not reached", ThermogradWarning, stacklevel=2)
+            warnings.warn("interrupted: the result is partial", ThermogradWarning, stacklevel=2)
+        return {"value": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        Bench("reduced", (0, 1), tmp_path).part("one", cut_short)
+    assert not list(tmp_path.glob("parts/*"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,11 +15,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from ..data import Dataset, load
-from ..errors import DataError, InputError, NotAvailableError
+from ..errors import DataError, InputError, NotAvailableError, ThermogradWarning
 from ..progress import track
 from .outcome import Outcome
 
-__all__ = ["Bench", "Item", "Scale", "items", "register"]
+__all__ = ["Bench", "Item", "Scale", "expected_warnings", "items", "register"]
 
 Scale = Literal["reduced", "default", "full"]
 _T = TypeVar("_T")
@@ -75,6 +77,15 @@ def items() -> Mapping[str, Item]:
 @functools.lru_cache(maxsize=4)  # several items of one process use the same images
 def _loaded(name: str, folder: Path | None, split: Literal["train", "test"]) -> Dataset:
     return load(name, folder, split)
+
+
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Warnings that a protocol counts on, of thresholds never reached and the like, are not shown; interrupts pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ThermogradWarning)
+        warnings.filterwarnings("error", message="interrupted", category=ThermogradWarning)
+        yield
 
 
 @dataclass(frozen=True)

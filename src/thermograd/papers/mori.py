@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from ..errors import ThermogradWarning
 from ..hyperparameters import SGD
 from ..simulate import first_passage, linear_regression_sgd
 from ..theory import discrete, power_law
-from .item import Bench, register
+from .item import Bench, expected_warnings, register
 from .lines import fitted, points, stacked
 from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
 
@@ -121,8 +119,7 @@ def _window(sgd: SGD, d: int, count: int) -> _Array:
     Below, the passage is not yet escape; above, it would take too long.
     """
     grid = np.geomspace(1.02, 100.0, 800)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ThermogradWarning)  # thresholds of relaxation are what is excluded here
+    with expected_warnings():  # thresholds of relaxation are what is excluded here
         time = power_law.mean_first_passage_time(sgd, 1.0, grid, d)  # in units of lr times steps, h = 1
     low, high = np.interp([np.log(20.0), np.log(3000.0)], np.log(time), grid)
     settled = power_law.stationary_loss_ratio_discrete(sgd, 1.0, d)
@@ -181,8 +178,7 @@ def fig3b(bench: Bench) -> Outcome:
             events, exposure = np.zeros((sets, levels[d].size)), np.zeros((sets, levels[d].size))
             for i in range(sets):  # which extreme samples a data set happens to hold matters
                 X, y = _regression(samples, d, seed + i)
-                with warnings.catch_warnings():  # a threshold never reached is left out of the fit, see below
-                    warnings.simplefilter("ignore", ThermogradWarning)
+                with expected_warnings():  # a threshold never reached is left out of the fit, see below
                     passage = first_passage(
                         linear_regression_sgd, sgd, X, y, levels[d], max_steps=limit, replicas=runs, seed=seed + i
                     )

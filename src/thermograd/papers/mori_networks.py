@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ThermogradWarning
 from ..hyperparameters import SGD
 from ..landscape import eigenpairs, gauss_newton, trace, trace_of_square
 from ..losses import half_squared_error
@@ -20,7 +18,7 @@ from ..noise import decoupling, in_directions
 from ..problem import Problem
 from ..progress import track
 from ..simulate import networks_first_passage
-from .item import Bench, register
+from .item import Bench, expected_warnings, register
 from .lines import fitted, jackknife, points, stacked
 from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
 
@@ -223,8 +221,7 @@ def fig3c(bench: Bench) -> Outcome:
         found: dict[str, Any] = {"n": made["trace"] ** 2 / made["square"], "noise": made["noise"]}
         for batch in batches:
             sgd = SGD(lr=_STEP / h, batch_size=batch, sampling="replacement")
-            with warnings.catch_warnings():  # a threshold never reached is left out of the fit
-                warnings.simplefilter("ignore", ThermogradWarning)
+            with expected_warnings():  # a threshold never reached is left out of the fit
                 passage = networks_first_passage(
                     problem, lowest * ratios, sgd=sgd, replicas=replicas, max_steps=limit, seed=seed, watch_every=every,
                     start=torch.as_tensor(made["theta"]),

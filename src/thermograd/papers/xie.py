@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +9,13 @@ import numpy as np
 import torch
 
 from ..data.files import data_folder
-from ..errors import ThermogradWarning
 from ..hyperparameters import SGD
 from ..landscape import all_eigenpairs, eigenpairs, hessian
 from ..models import mlp
 from ..noise import in_directions, strength
 from ..problem import Problem
 from ..simulate import networks, networks_first_passage
-from .item import Bench, register
+from .item import Bench, expected_warnings, register
 from .lines import censored_slope, fitted, jackknife, points, rate, stacked
 from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
 from .training import pooled_images
@@ -149,8 +147,7 @@ class _Valley:
 
     def escapes(self, lr: Any, batch: Any, runs: int, steps: int, every: int = 2) -> tuple[_Array, _Array]:
         """Steps until each of ``runs`` replicas a setting leaves, NaN if it did not, and steps watched, [n, runs]."""
-        with warnings.catch_warnings():  # settings in which nothing escapes are censored, see below
-            warnings.simplefilter("ignore", ThermogradWarning)
+        with expected_warnings():  # settings in which nothing escapes are censored, see below
             found = networks_first_passage(
                 self.problem, self.level, sgd=SGD(lr=0.1, weight_decay=_DECAY, sampling="replacement"),
                 replicas=runs * len(lr), max_steps=steps, lr=np.repeat(lr, runs), batch_size=np.repeat(batch, runs),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
 
-from ..errors import ThermogradWarning
 from ..simulate import Potential, langevin_first_passage
 from ..theory import discrete
-from .item import Bench, register
+from .item import Bench, expected_warnings, register
 from .lines import fitted, points, rate, stacked
 from .outcome import Outcome, Panel, Published, Row, Series, between_seeds
 from .xie_kramers import nothing
@@ -114,8 +112,7 @@ def styblinski_tang(bench: Bench) -> Outcome:
         root, rng = math.sqrt(k), np.random.default_rng([seed, 1])
         start = np.zeros((d * escapes, 4 + _MOST))
         start[:, :4], start[:, 4:] = (low / root, root, 1 / lr, batch), rng.normal(size=(d * escapes, _MOST))
-        with warnings.catch_warnings():  # the samples are coordinates here, whose pull is no curvature of the loss
-            warnings.simplefilter("ignore", ThermogradWarning)
+        with expected_warnings():  # the samples are coordinates here, whose pull is no curvature of the loss
             found = langevin_first_passage(
                 potential, _fresh_samples, saddle / root, start=start, dt=lr, max_steps=limit, replicas=d * escapes,
                 seed=seed,
