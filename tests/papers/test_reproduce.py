@@ -163,7 +163,8 @@ def test_passage_steps_of_given_samples():
 
 def test_what_an_interrupt_cut_short_is_not_kept(tmp_path):
     """Simulations return what they have after Ctrl-C, with a warning; neither a part nor the ignoring of warnings
-    lets that pass."""
+    lets that pass.
+    """
 
     def cut_short():
         with expected_warnings():

@@ -79,6 +79,18 @@ def _loaded(name: str, folder: Path | None, split: Literal["train", "test"]) -> 
     return load(name, folder, split)
 
 
+def _uninterrupted(make: Callable[[], _T]) -> _T:
+    """What ``make`` returns, unless Ctrl-C cut short a simulation or measurement in it, which went on with less."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="interrupted", category=ThermogradWarning)
+        try:
+            return make()
+        except ThermogradWarning as warning:
+            if str(warning).startswith("interrupted"):
+                raise KeyboardInterrupt(str(warning)) from warning
+            raise
+
+
 @contextmanager
 def expected_warnings() -> Iterator[None]:
     """Warnings that a protocol counts on, of thresholds never reached and the like, are not shown; interrupts pass."""
@@ -109,12 +121,12 @@ class Bench:
         return {"reduced": reduced, "default": default, "full": full}[self.scale]
 
     def part(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """The arrays that ``make`` returns, made once and kept."""
+        """The arrays that ``make`` returns, made once and kept; what an interrupt cut short is not kept."""
         path = self.folder / "parts" / f"{re.sub(r'[^A-Za-z0-9.=,_-]+', '_', name)}.npz"
         if path.exists():
             with np.load(path) as kept:
                 return dict(kept)
-        made = {key: np.asarray(value) for key, value in make().items()}
+        made = {key: np.asarray(value) for key, value in _uninterrupted(make).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
         with open(new, "wb") as file:
