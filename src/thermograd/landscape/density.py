@@ -21,7 +21,7 @@ from .parts import projected
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LogDensity", "SpectralDensity", "spectral_density"]
+__all__ = ["LogDensity", "SpectralDensity", "lanczos", "spectral_density"]
 
 _DENSE_MATRIX = 1500  # size up to which an explicit matrix is decomposed in full
 _BASIS_NUMBERS = 2**27  # numbers that the Krylov bases of one group of probes may take (1 GiB in float64)
@@ -230,7 +230,7 @@ def _quadrature(
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for part in start.split(group, dim=1):
             try:
-                found = _lanczos(operator, part, steps, progress)
+                found = lanczos(operator, part, steps, progress)
             except KeyboardInterrupt:
                 if sum(len(nodes) for nodes, _ in pairs) < 2:
                     raise
@@ -245,7 +245,7 @@ def _quadrature(
     return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
 
 
-def _lanczos(operator: Operator, start: Tensor, steps: int, progress: bar) -> tuple[np.ndarray, np.ndarray]:
+def lanczos(operator: Operator, start: Tensor, steps: int, progress: bar) -> tuple[np.ndarray, np.ndarray]:
     """Independent Lanczos recurrences from the columns of ``start``, with full reorthogonalisation."""
     size, width = start.shape
     basis = torch.zeros(width, steps, size, dtype=start.dtype, device=start.device)  # [probes, steps, P]

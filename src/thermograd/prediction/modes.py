@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import landscape, noise
-from ..landscape.density import _lanczos
+from ..landscape.density import lanczos
 from ..noise.gradients import combinations
 from ..progress import bar
 from ..theory.arrays import Array
@@ -228,7 +228,7 @@ def _split(
     lengths = start.norm(dim=0)
     rest = landscape.projected(operator, vectors, complement=True)
     with bar("noise quadrature", _PROBES * _NODES) as progress:
-        nodes, weights = _lanczos(landscape.as_operator(rest), start / lengths, _NODES, progress)
+        nodes, weights = lanczos(landscape.as_operator(rest), start / lengths, _NODES, progress)
     return pairs, (nodes, weights * _numpy(lengths.square())[:, None], start)
 
 
