@@ -40,12 +40,12 @@ _NEXT = 0.8  # of the loss at the last measurement, at which the next is due
 def _noise_against_loss(bench: Bench, loss: Any, seed: int, kind: str) -> dict[str, Any]:
     """Noise strength and loss of a network in training, whenever the loss has fallen enough."""
     if kind == "mlp":
-        n, epochs = bench.choose(200, 500, 60_000), bench.choose(500, 800, 200)
+        n, epochs = bench.choose(200, 500, 60_000), bench.choose(500, 600, 200)
         X, y = bench.data("fashion_mnist", n=n)
         width = bench.choose(50, 300, 2_000)
         model: nn.Module = mlp([784, width, width, width, 10])
     else:
-        n, epochs = bench.choose(200, 200, 50_000), bench.choose(10, 1_500, 200)
+        n, epochs = bench.choose(200, 200, 50_000), bench.choose(10, 1_200, 200)
         X, y = bench.data("cifar10", n=n)
         side = bench.choose(8, 16, 32)
         X = nn.functional.adaptive_avg_pool2d(X, side)
@@ -53,7 +53,7 @@ def _noise_against_loss(bench: Bench, loss: Any, seed: int, kind: str) -> dict[s
     batch = 100
     problem = Problem(glorot(model, seed), loss, (X, y), dtype=torch.float32)
     losses, noise = [float(problem.loss())], [strength(problem).value]
-    every = n // batch * max(1, epochs // 400)  # steps
+    every = n // batch * max(1, epochs // 300)  # steps
     for _ in train(problem, 0.1, batch, n // batch * epochs, seed, range(every, n // batch * epochs + 1, every)):
         loss_now = float(problem.loss())
         if loss_now < _NEXT * losses[-1]:
@@ -66,7 +66,7 @@ _NETWORKS = {"mlp": "MLP on Fashion-MNIST", "cnn": "CNN on CIFAR-10"}
 _SIZES = (
     "η = 0.1, B = 100, Glorot initialisation; N is the trace of the per-sample gradient covariance over the training "
     "samples, measured whenever the loss is a fifth below the last. By default 500 images and three hidden layers of "
-    "300, 4,000 steps; and 200 images of 16 x 16 and three convolutions of 16, 32 and 32 channels, 3,000 steps; with "
+    "300, 3,000 steps; and 200 images of 16 x 16 and three convolutions of 16, 32 and 32 channels, 2,400 steps; with "
     "--full the paper's sizes."
 )
 
