@@ -170,11 +170,14 @@ def test_layer_landscape_keeps_to_its_memory(blobs: Data) -> None:
     torch.manual_seed(0)
     model = tg.models.mlp([4, 40, 40, 3]).double()
     P = sum(p.numel() for p in model.parameters())
-    for budget in (1.0, 2.0):
+    for budget in (1.0, 2.0, 4.0):
         held = LayerLandscape(memory_per_weight=budget)
         for seed in range(2):
             held.fit(moved(model, seed=seed), LOSS, blobs)
             assert 0.5 * budget * P < held.memory <= budget * P
+        rotated = [form.left is not None for _, form in held.form.parts.values()]
+        assert all(rotated) if budget == 4.0 else not any(rotated)
+        assert all(form.curvature.shape[0] == form.outputs for _, form in held.form.parts.values())
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -36,7 +36,13 @@ def blocks() -> Blocks:
     return Blocks(P, parts)
 
 
+def own_axes(seed: int = 0) -> Kronecker:
+    rotated = kronecker(seed)
+    return Kronecker(None, rotated.right, rotated.curvature, rotated.target, True)
+
+
 FORMS = [Diagonal(normal(P).square(), normal(P, seed=1)), low_rank(4), kronecker(), kronecker(1, 2, 3, False), blocks()]
+FORMS.append(own_axes())
 
 
 def hessian(form: Form) -> Tensor:
@@ -59,6 +65,21 @@ def test_proximal_step_is_the_argmin(form: Form, rate: float) -> None:
 
     optimizer.step(objective)
     torch.testing.assert_close(form.proximal(v, rate), w.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_own_axes_are_a_rotation_that_is_not_stored() -> None:
+    form = own_axes()
+    assert form.left is None
+    same = Kronecker(torch.eye(3, dtype=torch.float64), form.right, form.curvature, form.target, True)
+    assert form.value(normal(P)).item() == pytest.approx(same.value(normal(P)).item())
+    assert form.memory == same.memory - 9
+    for a, b in ((form, kronecker(7)), (kronecker(7), form), (form, own_axes(7))):
+        total = a.plus(b)
+        assert total.left is None
+        exact = hessian(a) + hessian(b)
+        assert torch.trace(hessian(total)).item() == pytest.approx(torch.trace(exact).item())
+        gradients = [torch.func.grad(f.value)(torch.zeros(P, dtype=torch.float64)) for f in (a, b, total)]
+        torch.testing.assert_close(gradients[2], gradients[0] + gradients[1])
 
 
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[4]])

@@ -30,14 +30,14 @@ class Kronecker(Form):
     them; curvature between two of the new directions is left out.
 
     Args:
-        left: [out, q], orthonormal columns.
+        left: [out, q], orthonormal columns; None for the outputs' own axes, which need not be stored.
         right: [in (+ 1), r], orthonormal columns.
         curvature: [q, r].
         target: [q, r].
         bias: whether the last row of ``right`` belongs to the bias.
     """
 
-    left: Tensor
+    left: Tensor | None
     right: Tensor
     curvature: Tensor
     target: Tensor
@@ -49,15 +49,21 @@ class Kronecker(Form):
     @property
     def P(self) -> int:  # type: ignore[override]
         """Number of weights of the layer, bias included."""
-        return self.left.shape[0] * self.right.shape[0]
+        return self.outputs * self.right.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the layer."""
+        return len(self.curvature) if self.left is None else len(self.left)
 
     @property
     def memory(self) -> int:
-        return sum(x.numel() for x in (self.left, self.right, self.curvature, self.target))
+        rotation = 0 if self.left is None else self.left.numel()
+        return rotation + self.right.numel() + self.curvature.numel() + self.target.numel()
 
     def _matrix(self, vector: Tensor) -> Tensor:
         """Weight and bias side by side, [out, in + 1]."""
-        out = self.left.shape[0]
+        out = self.outputs
         if not self.bias:
             return vector.view(out, -1)
         return torch.cat([vector[:-out].view(out, -1), vector[-out:, None]], dim=1)
@@ -68,7 +74,8 @@ class Kronecker(Form):
         return torch.cat([matrix[:, :-1].reshape(-1), matrix[:, -1]])
 
     def _coordinates(self, vector: Tensor) -> Tensor:
-        return self.left.T @ self._matrix(vector) @ self.right  # [q, r]
+        along = self._matrix(vector) @ self.right  # [out, r]
+        return along if self.left is None else self.left.T @ along  # [q, r]
 
     def value(self, theta: Tensor) -> Tensor:
         return 0.5 * (self.curvature * (self._coordinates(theta) - self.target).square()).sum()
@@ -81,19 +88,24 @@ class Kronecker(Form):
                 remedy="add penalty(model) to the loss instead, or use another constraint",
             )
         move = _share(rate * self.curvature) * (self.target - self._coordinates(v))  # [q, r]
-        return v + self._vector(self.left @ move @ self.right.T)
+        return v + self._vector((move if self.left is None else self.left @ move) @ self.right.T)
 
     def plus(self, other: Kronecker) -> Kronecker:
-        left = _joint(self.left, self.curvature.sum(1), other.left, other.curvature.sum(1))
+        left = None
+        if self.left is not None and other.left is not None:
+            left = _joint(self.left, self.curvature.sum(1), other.left, other.curvature.sum(1))
         right = _joint(self.right, self.curvature.sum(0), other.right, other.curvature.sum(0))
         return self.rebased(left, right, other)
 
-    def rebased(self, left: Tensor, right: Tensor, other: Kronecker) -> Kronecker:
+    def rebased(self, left: Tensor | None, right: Tensor, other: Kronecker) -> Kronecker:
         """The sum with another form, along given bases."""
-        curvature = torch.zeros(left.shape[1], right.shape[1], dtype=left.dtype, device=left.device)
+        axes = torch.eye(self.outputs, dtype=right.dtype, device=right.device)
+        target_basis = axes if left is None else left  # [out, q']
+        curvature = right.new_zeros(target_basis.shape[1], right.shape[1])
         pull = torch.zeros_like(curvature)
         for form in (self, other):
-            turn_left, turn_right = left.T @ form.left, form.right.T @ right  # [q', q], [r, r']
+            turn_left = target_basis.T @ (axes if form.left is None else form.left)  # [q', q]
+            turn_right = form.right.T @ right  # [r, r']
             curvature += turn_left.square() @ form.curvature @ turn_right.square()
             pull += turn_left @ (form.curvature * form.target) @ turn_right
         positive = curvature > 0
@@ -105,18 +117,24 @@ class Kronecker(Form):
 
     def grown(self, size: int, positions: Tensor) -> Kronecker:
         """A layer with more outputs (a growing head): the form does not feel them."""
-        rows, columns = self.left.shape[0], self.right.shape[0]
+        rows, columns = self.outputs, self.right.shape[0]
         new_rows = size // columns
         if new_rows * columns != size:
             raise InputError("a layer has got more inputs", expected="layers that grow in their outputs only")
-        return replace(self, left=_scattered(self.left, new_rows, torch.arange(rows)))
+        places = torch.arange(rows)
+        if self.left is not None:
+            return replace(self, left=_scattered(self.left, new_rows, places))
+        curvature, target = (_scattered(x, new_rows, places) for x in (self.curvature, self.target))
+        return replace(self, curvature=curvature, target=target)
 
     def state(self) -> dict[str, Any]:
         names = ("left", "right", "curvature", "target")
         return {"form": "kronecker", "bias": self.bias, **{name: getattr(self, name) for name in names}}
 
     def to(self, like: Tensor) -> Kronecker:
-        return replace(self, **{n: getattr(self, n).to(like) for n in ("left", "right", "curvature", "target")})
+        left = None if self.left is None else self.left.to(like)
+        moved = {name: getattr(self, name).to(like) for name in ("right", "curvature", "target")}
+        return replace(self, left=left, **moved)
 
 
 def principal(moment: Tensor, rank: int) -> Tensor:

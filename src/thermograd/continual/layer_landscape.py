@@ -21,7 +21,7 @@ from .kronecker import Kronecker, principal
 
 __all__ = ["LayerLandscape"]
 
-_LEFT_SHARE = 0.25  # of the memory that output directions may take
+_LEFT_SHARE = 0.5  # of the memory that output directions may take
 
 
 class LayerLandscape(Constraint):
@@ -36,7 +36,9 @@ class LayerLandscape(Constraint):
     weight (bias included), h the Gauss-Newton curvature along each direction, exactly, and v, u the eigenvectors of
     :math:`\sum G^\top G` and :math:`\sum G G^\top`. With all directions this is the eigenvalue-corrected Kronecker
     curvature (George et al. 2018), which Ritter et al. (2018) used against forgetting in its plain form; here the
-    input directions are cut by the spectrum to a given memory. Weights of linear and convolution layers are held so;
+    input directions are cut by the spectrum to a given memory. Output directions are always complete, or the network
+    would find a way around; where their rotations would take more than half of the memory, the outputs' own axes
+    stand in for them. Weights of linear and convolution layers are held so;
     all others by the diagonal, as in :class:`EWC`.
 
     Args:
@@ -77,13 +79,9 @@ class LayerLandscape(Constraint):
                     moments.setdefault(name, _Moments(matrices)).add(matrices)
                 else:
                     matrices.add_squares(single)
-        squares = sum(moment.outputs**2 for moment in moments.values())
-        complete = squares <= _LEFT_SHARE * budget
+        rotated = sum(moment.outputs**2 for moment in moments.values()) <= _LEFT_SHARE * budget
         for moment in moments.values():
-            left = moment.outputs
-            if not complete:  # each layer's share of the memory by its share of the weights
-                left = min(left, max(1, int(_LEFT_SHARE * budget * len(moment.positions) / problem.P / left)))
-            moment.choose_bases(left, budget)
+            moment.choose_bases(rotated, budget)
         for block in self._matrices(problem, index):
             for name, matrices in block.items():
                 if isinstance(matrices, _Gradients):
@@ -117,8 +115,8 @@ class LayerLandscape(Constraint):
         offers: list[tuple[float, str]] = []
         for name, (_, form) in total.parts.items():
             if isinstance(form, Kronecker):
-                room -= form.left.numel()
-                cost = form.right.shape[0] + 2 * form.left.shape[1]
+                room -= 0 if form.left is None else form.left.numel()
+                cost = form.right.shape[0] + 2 * len(form.curvature)
                 offers += [(float(held) / cost, name) for held in form.curvature.sum(0)]
             else:
                 room -= form.memory
@@ -126,7 +124,7 @@ class LayerLandscape(Constraint):
         for _, name in sorted(offers, key=lambda offer: -offer[0]):
             form = total.parts[name][1]
             assert isinstance(form, Kronecker)
-            cost = form.right.shape[0] + 2 * form.left.shape[1]
+            cost = form.right.shape[0] + 2 * len(form.curvature)
             if cost <= room:
                 kept[name] += 1
                 room -= cost
@@ -154,11 +152,12 @@ class _Gradients:
     bias: bool
     repeats: int = 1  # the inputs are so many equal parts, one after the other
 
-    def along(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sums over samples of the squared components along outer products, [q, r]."""
+    def along(self, left: Tensor | None, right: Tensor) -> Tensor:
+        """Sums over samples of the squared components along outer products, [q, r]; left None: the own axes."""
         if self.inputs is None:
-            return (left.T @ self.signals @ right).square().sum(0)
-        g = self.signals @ left  # [n, T, q]
+            whole = self.signals @ right
+            return (whole if left is None else left.T @ whole).square().sum(0)
+        g = self.signals if left is None else self.signals @ left  # [n, T, q]
         if g.shape[1] == 1:
             squares = g[:, 0].square().unflatten(0, (self.repeats, -1)).sum(0)
             return squares.T @ (self._distinct @ right).square()
@@ -201,14 +200,19 @@ class _Moments:
         assert self.outer is not None
         return len(self.outer)
 
-    def choose_bases(self, left: int, budget: float) -> None:
-        """So many output directions, and as many input directions as the budget could ever hold."""
+    def choose_bases(self, rotated: bool, budget: float) -> None:
+        """All output directions, and as many input directions as the budget could ever hold.
+
+        A part of the output directions would leave the network a way around: what is not held there is free whatever
+        the input. Where their rotation is too large, the outputs' own axes do, which take no memory.
+        """
         assert self.outer is not None
         assert self.inner is not None
-        inputs = len(self.inner)
-        right = inputs if math.isinf(budget) else min(inputs, max(1, int(budget / (inputs + 2 * left))))
-        self.left, self.right = principal(self.outer, left), principal(self.inner, right)
-        self.curvature = torch.zeros(left, right, dtype=self.left.dtype, device=self.left.device)
+        inputs, outputs = len(self.inner), self.outputs
+        right = inputs if math.isinf(budget) else min(inputs, max(1, int(budget / (inputs + 2 * outputs))))
+        self.left = principal(self.outer, outputs) if rotated else None
+        self.right = principal(self.inner, right)
+        self.curvature = self.right.new_zeros(outputs, right)
 
     def add_curvature(self, gradients: _Gradients) -> None:
         self.curvature += gradients.along(self.left, self.right)
