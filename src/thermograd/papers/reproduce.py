@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -49,9 +50,21 @@ def result_folder(
     item: Item, out: str | os.PathLike[str], scale: Scale, seeds: int, seed: int, data_folder: Path | None = None
 ) -> Path:
     """Where the result of these settings is kept; a changed protocol has a folder of its own."""
-    module = inspect.getsource(sys.modules[item.run.__module__])
-    settings = json.dumps([item.name, scale, seeds, seed, module])
+    settings = json.dumps(
+        [item.name, scale, seeds, seed, _protocol(inspect.getsource(sys.modules[item.run.__module__]))]
+    )
     return Path(out) / item.name / f"{scale}-{seeds}x{seed}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
+
+
+def _protocol(source: str) -> str:
+    """What a module does, without what it says of itself: neither comments and docstrings nor entries in the list."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list = []
+    return ast.dump(tree)
 
 
 def reproduce(
