@@ -132,8 +132,8 @@ def _noise_panel(name: str, found: list[dict[str, _Array]]) -> Panel:
 
 _DECAY = 1e-3  # weight decay, without which a network that fits its data has no minimum to escape from
 _BOUNDARY = 2.0  # the valley ends where the loss is this many times that of the minimum
-_FACTORS = np.array([1.0, 1.125, 1.25, 1.375, 1.5, 1.75])  # 1/η over the least
-_BATCHES = np.array([4, 5, 6, 7])
+_FACTORS = np.array([1.0, 1.1, 1.2, 1.3, 1.4, 1.5])  # 1/η over the least
+_BATCHES = np.array([6, 7, 8, 9])
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _measured_valley(bench: Bench, file: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_LEAST = 5  # escapes that a point needs to be part of a correlation
+_LEAST = 3  # escapes that a point needs to be part of a correlation
 
 
 def _slope(one: dict[str, _Array]) -> float:
