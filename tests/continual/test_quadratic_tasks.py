@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -91,6 +92,7 @@ def test_no_strength_makes_the_proximal_step_diverge(constraint: Constraint, dty
     model = linear().to(dtype)
     constraint.fit(model, LOSS, (X, y))
     anchor = model.weight.detach().clone()
+    assert math.isfinite(constraint.penalty(model).item())  # not infinity times zero
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(20):
         optimizer.zero_grad()

@@ -171,8 +171,11 @@ class Constraint(ABC):
         if self._held is None:
             first = next(model.parameters())
             return torch.zeros((), dtype=first.dtype, device=first.device)
-        theta = self._held.layout.read(model)
-        return self.strength * self._on(theta).value(theta)
+        return self._penalty(self._held.layout.read(model))
+
+    def _penalty(self, theta: Tensor) -> Tensor:
+        # beyond the largest number strength would turn into infinity, and infinity x 0 is NaN
+        return min(self.strength, torch.finfo(theta.dtype).max) * self._on(theta).value(theta)
 
     def proximal_step(self, model: nn.Module, rate: torch.optim.Optimizer | float) -> None:
         r"""Move the weights v to :math:`\operatorname{argmin}_\theta \frac1{2\eta}|\theta - v|^2 + R(\theta)`, exactly.

@@ -88,7 +88,7 @@ class SynapticIntelligence(Constraint):
             return super().penalty(model)
         theta = self._held.layout.read(model)
         theta.register_hook(self._note)
-        return self.strength * self._on(theta).value(theta)
+        return self._penalty(theta)
 
     def _note(self, gradient: Tensor) -> None:
         self._own = gradient.detach() if self._own is None else self._own + gradient.detach()
