@@ -38,3 +38,12 @@ def test_times_that_make_no_sense_are_refused():
     for time, curvature in ((0.0, 1.0), (1.0, -1.0), (float("inf"), 1.0)):
         with pytest.raises(InputError, match="positive"):
             descend(bowl(np.array([1.0])), 0.0, torch.ones(1, dtype=torch.float64), time, curvature)
+
+
+def test_it_stops_where_the_work_would_be_too_much(monkeypatch):
+    import thermograd.prediction.descent as module
+
+    monkeypatch.setattr(module, "_MOST", 12)
+    found = descend(bowl(np.array([100.0, 1.0])), 0.0, torch.ones(2, dtype=torch.float64), 50.0, 100.0)
+    assert 0 < found.time[-1] < 1
+    assert found.at(50.0) == found.loss[-1]

@@ -32,11 +32,16 @@ _GROWTH = 0.3  # length of a step over the time since the start
 _SAFETY = 1.4  # by how much the curvature along the way may exceed the one given
 _RISE = 1e-3  # relative rise of the loss in a step at which it is taken back
 _RETRIES = 8
+_MOST = 1500  # gradients after which the flow is followed no further
 
 
 @dataclass(frozen=True)
 class Descent:
-    """The objective along the flow: ``loss`` [m] at ``time`` [m], and the weights at the end."""
+    """The objective along the flow: ``loss`` [m] at ``time`` [m], and the weights at the end.
+
+    The end may come before the time asked for, where the curvature grows so much on the way that it would take more
+    than 1500 gradients.
+    """
 
     time: Array
     loss: Array
@@ -88,10 +93,12 @@ def descend(problem: Problem, weight_decay: float, theta: Tensor, time: float, c
     times, losses, force = [0.0], [value], slope(theta)
     step = 0.5 / top
     with bar("descending without noise", 100) as progress:
-        shown, tries = 0, 0
-        while now < time:
+        shown, tries, spent = 0, 0, 0
+        while now < time and spent < _MOST:
             step = min(step, time - now)
-            there = _chebyshev_step(slope, here, force, step, _stages(step * top))
+            stages = _stages(step * top)
+            spent += stages
+            there = _chebyshev_step(slope, here, force, step, stages)
             found = objective(problem, weight_decay, there)
             if not found <= value + _RISE * abs(value):
                 tries += 1

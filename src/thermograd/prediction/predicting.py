@@ -223,6 +223,11 @@ class Predictions:
                 f"the run is not stationary: its loss changed by {drift:+.2g} across the record",
             )
             here = forecast.flows[sgd.weight_decay][0]
+            wanted = forecast.steps * own.effective_lr
+            flag(
+                here.time[-1] < 0.99 * wanted,
+                "the noise-free flow was not followed to the end: the curvature grows on the way",
+            )
             further = forecast.bottom_for(sgd) - here.loss[-1]
             flag(
                 further > limits["descending"] * size,

@@ -157,7 +157,7 @@ def _continue(
     losses = (found.loss + sgd.weight_decay / 2 * found.squared_norm)[:, 1:]
     weights = found.position[:, 1:]
     rows = np.linspace(0, weights.shape[1] - 1, _POINTS // _PROBE_REPLICAS + 2).round().astype(int)[1:-1]
-    points = tuple(weights[r, int(k)] for r in range(_PROBE_REPLICAS) for k in rows)
+    points = tuple(weights[r, int(k)].clone() for r in range(_PROBE_REPLICAS) for k in rows)
     return losses.mean(0), weights[0].mean(0), points
 
 
