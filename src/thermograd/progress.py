@@ -117,15 +117,17 @@ class bar(AbstractContextManager["bar"]):
             self._progress = None
 
 
-def track(iterable: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
-    """Iterate with a bar.
+def track(
+    iterable: Iterable[_T], description: str, total: int | None = None, bytes: float | None = None
+) -> Iterator[_T]:
+    """Iterate with a bar; ``bytes`` as there.
 
     >>> sum(track(range(4), "adding"))
     6
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    with bar(description, total) as progress:
+    with bar(description, total, bytes) as progress:
         for item in iterable:
             yield item
             progress.advance()

@@ -226,7 +226,7 @@ def _quadrature(
     start = (start / start.norm(dim=0)).to(operator.device, operator.dtype)
     group = max(1, min(probes, _BASIS_NUMBERS // (steps * operator.shape[0])))
     memory = 8 * group * steps * operator.shape[0]
-    with bar(f"spectral density, bases of {memory / 2**20:.0f} MiB", probes * steps) as progress:
+    with bar("spectral density", probes * steps, bytes=memory) as progress:
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for part in start.split(group, dim=1):
             try:

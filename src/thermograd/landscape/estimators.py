@@ -177,6 +177,10 @@ class _Rest:
     images: Tensor  # [P, j] A times that
 
 
+def _bytes(vectors: Tensor) -> int:
+    return vectors.numel() * vectors.element_size()
+
+
 def _exact(operator: Operator, probes: int, least: int = 9) -> bool:
     if probes >= operator.shape[0]:
         return True
@@ -191,7 +195,7 @@ def _split(operator: Operator, probes: int, seed: int, what: str, project: bool 
     random = torch.Generator().manual_seed(seed)
     signs = _signs(operator, third, random)
     first = _signs(operator, third, random)
-    with bar(f"{what}, {3 * third} products", 3 * third) as progress:
+    with bar(f"{what}, {3 * third} products", 3 * third, bytes=4 * _bytes(signs)) as progress:
         try:
             found = _multiply(operator, first, progress)
         except _Stopped as stop:
@@ -254,7 +258,7 @@ class _Exchanged:
 
 def _exchanged(operator: Operator, probes: Tensor, what: str) -> _Exchanged:
     m = probes.shape[1]
-    with bar(f"{what}, {2 * m} products", 2 * m) as progress:
+    with bar(f"{what}, {2 * m} products", 2 * m, bytes=3 * _bytes(probes)) as progress:
         try:
             images = _multiply(operator, probes, progress)
         except _Stopped as stop:

@@ -98,7 +98,8 @@ def top_subspace_history(
     values, shares, noises, last, first = [], [], [], [], []
     any_given = False
     bases: list[Tensor] = []  # the first and the latest [P, k]
-    for theta in track(thetas, f"top {k} directions over training"):
+    memory = 8 * 8 * k * problem.P  # a basis of some 4 k vectors and its image
+    for theta in track(thetas, f"top {k} directions over training", bytes=memory):
         any_given = True
         at = problem.as_theta(theta)
         pairs = eigenpairs(operator(problem, at, index=index), k, which, tol, seed, v0=bases[-1] if bases else None)

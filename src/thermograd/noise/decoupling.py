@@ -174,7 +174,8 @@ def _output_gradients(problem: Problem, theta: Tensor, chosen: Tensor) -> tuple[
 def _jacobians(problem: Problem, theta: Tensor, chosen: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Output gradients [b, K, P] of blocks of samples, by vmap where the model allows it."""
     maps = problem._vmap_works
-    with bar("output gradients", len(chosen)) as progress:
+    memory = width * theta.numel() * problem.differentiable_outputs(theta, chosen[:1])[0].numel() * theta.element_size()
+    with bar("output gradients", len(chosen), bytes=memory) as progress:
         for start in range(0, len(chosen), width):
             block = chosen[start : start + width]
             jacobian = None
@@ -251,7 +252,8 @@ def _by_layers(
     everyone = torch.arange(count)
     factors = [layers.factors(everyone) for layers in readouts]
     gram = torch.zeros(outputs, count, outputs, count, dtype=problem.dtype, device=problem.device)
-    with bar("inner products of output gradients", outputs * (outputs + 1) // 2) as progress:
+    memory = gram.numel() * gram.element_size() + outputs * count * own.sample_bytes
+    with bar("inner products of output gradients", outputs * (outputs + 1) // 2, bytes=memory) as progress:
         for i in range(outputs):
             for j in range(i + 1):
                 for one, other in zip(factors[i], factors[j]):

@@ -121,7 +121,7 @@ def epoch_autocovariance(
     random = np.random.default_rng(seed)
     found, sums = [], []
     try:
-        for _ in track(range(pieces), "noise over epochs"):
+        for _ in track(range(pieces), "noise over epochs", bytes=8 * 3 * each * steps * slopes.shape[1]):
             noise = _series(slopes, int(size), steps, each, scheme, random)  # [T, k]
             found.append([(noise[: len(noise) - h] * noise[h:]).mean(0) for h in range(last + 1)])
             sums.append((noise.reshape(each, steps, -1).sum(1) ** 2).mean(0))

@@ -346,7 +346,9 @@ def strength_along(problem: Problem, thetas: Any, index: Any = None) -> Strength
         raise TooShortError(f"{len(points)} points for the relation of strength and loss", expected="at least 3")
     found, losses, errors = [], [], []
     try:
-        for theta in track(list(points), "noise strength along the path"):
+        for theta in track(
+            list(points), "noise strength along the path", bytes=problem.gradient_chunk * points[0].nbytes
+        ):
             here = strength(problem, theta, index)
             sample = problem.sample_losses(theta, index).double().cpu().numpy()
             found.append(here)
