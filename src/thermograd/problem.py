@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from .errors import DataError, InputError, LossError, ModelError, NonFiniteError, NotAvailableError, OutputMismatchError
 from .hyperparameters import Sampling
 from .losses import PerSampleLoss, per_sample_loss
+from .plain_layers import write_plainly
 from .samples import Samples, as_index
 
 __all__ = ["Problem", "refuse_coupling"]
@@ -472,8 +473,16 @@ class _ModelFunction:
         chosen = _select(source, params)
         self._chosen = chosen
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
-        self._copy = copy.deepcopy(source).to(device=device, dtype=dtype)
+        try:
+            self._copy = copy.deepcopy(source).to(device=device, dtype=dtype)
+        except RuntimeError as error:
+            raise ModelError(
+                f"the model cannot be copied: {error}",
+                expected="a model whose tensors are parameters, buffers or plain values",
+                remedy="use torch.nn.utils.parametrizations.weight_norm in place of torch.nn.utils.weight_norm",
+            ) from error
         self._copy.requires_grad_(False)
+        write_plainly(self._copy)
         self._output_losses: PerSampleLoss | None = None
 
     def describe(self) -> str:

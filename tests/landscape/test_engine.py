@@ -18,7 +18,7 @@ from .test_curvature import dense_gauss_newton, dense_hessian, relative
 @pytest.fixture
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the comparison with the reverse way, which costs a trace of its own: here the truth is known."""
-    monkeypatch.setattr(engine.Engine, "agrees", lambda self, reverse: True)
+    monkeypatch.setattr(engine.Engine, "agrees", lambda self, reverse, within: True)
 
 
 @pytest.mark.usefixtures("_unchecked")

@@ -101,6 +101,10 @@ class Linearised:
         schema = getattr(target, "_schema", None)
         if schema is not None and schema.is_mutable:
             target = _out_of_place(target)
+            written: Any = node.args[0]
+            for other, held in values.items():
+                if other is not written and isinstance(held, Tensor) and _overlap(values[written], held):
+                    raise NotLinearisableError(f"{node.target} writes into a view of another tensor")
         arguments = channels_last_arguments(target, arguments)
         run = _aten.reshape.default if target in (_aten.view.default, _aten._unsafe_view.default) else target
         value = run(*arguments, **keywords)
@@ -254,6 +258,15 @@ def _out_of_place(target: Any) -> Any:
     if not name.endswith("_") or twin is None or twin._schema.is_mutable:
         raise NotLinearisableError(f"{target} writes in place")
     return twin
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share elements in memory."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.element_size() != b.element_size():
+        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    taken = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool, device=a.device)
+    taken.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
 def _attribute(graph: fx.GraphModule, name: str) -> Any:

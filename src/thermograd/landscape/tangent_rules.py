@@ -157,6 +157,33 @@ def _same(run: Any, arguments: Any, keywords: Any, which: Any, value: Any) -> Pu
     return lambda known: known(which[0].node)
 
 
+def _copy(run: Any, arguments: Any, keywords: Any, which: Any, value: Any) -> Push:
+    """What a tensor was filled with, spread to its shape."""
+    shape, slot = tuple(value.shape), which[1]
+
+    def push(known: Tangents) -> Any:
+        tangent = _tangent(known, slot)
+        return None if tangent is None else _lifted(tangent, value_dims).expand(len(tangent), *shape)
+
+    value_dims = value.ndim
+    return push
+
+
+def _embedding(run: Any, arguments: Any, keywords: Any, which: Any, value: Any) -> Push:
+    """Rows of the table; that of the padding takes no part in derivatives."""
+    slot, indices, padding = which[0], arguments[1], arguments[2] if len(arguments) > 2 else -1
+    padded = None if padding < 0 else (indices == padding)[..., None]
+
+    def push(known: Tangents) -> Any:
+        table = known(slot.node)
+        if table is None:
+            return None
+        rows = table[:, indices]
+        return rows if padded is None else rows.masked_fill_(padded, 0)
+
+    return push
+
+
 def _reshape(run: Any, arguments: Any, keywords: Any, which: Any, value: Any) -> Push:
     shape, slot = tuple(value.shape), which[0]
 
@@ -442,6 +469,8 @@ RULES: dict[Any, Callable[..., Push]] = {
     _aten.alias.default: _same,
     _aten.clone.default: _same,
     _aten.lift_fresh_copy.default: _same,
+    _aten.copy.default: _copy,
+    _aten.embedding.default: _embedding,
     _aten.reshape.default: _reshape,
     _aten.t.default: _transposed,
     _aten.mul.Tensor: _scaled_both,
