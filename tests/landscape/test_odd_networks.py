@@ -213,3 +213,10 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = nn.utils.weight_norm(nn.Linear(4, 2))
     with pytest.raises(ModelError, match="cannot be copied"):
         tg.Problem(model, nn.MSELoss(), (torch.randn(3, 4), torch.randn(3, 2)))
+
+
+def test_a_layer_without_second_derivative_is_named() -> None:
+    model = _sequential(nn.EmbeddingBag(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    problem = tg.Problem(model, nn.CrossEntropyLoss(), (torch.randint(0, 6, (N, 3)), _classes(2)))
+    with pytest.raises(NotAvailableError, match=r"cannot be differentiated twice.*embedding_bag"):
+        hessian(problem) @ torch.ones(problem.P).double()

@@ -147,6 +147,12 @@ class Curvature(Operator):
             try:
                 return self._reverse_sum(block)
             except (RuntimeError, MemoryError) as error:
+                if str(error).startswith("derivative for") or "the derivative for" in str(error):
+                    raise NotAvailableError(
+                        f"a layer of the model cannot be differentiated twice: {error}",
+                        expected="layers made of operations whose second derivative torch knows",
+                        remedy="replace it, such as nn.EmbeddingBag by nn.Embedding and a mean",
+                    ) from error
                 if not out_of_memory(error) or self._chunk_size == 1:
                     raise
             self._graph = None
