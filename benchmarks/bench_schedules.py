@@ -1,6 +1,6 @@
 """EquilibrationLR against cosine, ReduceLROnPlateau and a constant rate: equal steps, three tasks, five seeds.
 
-    python benchmarks/bench_schedules.py [--data FOLDER] [--seeds 5] [--steps 6000]
+    python benchmarks/bench_schedules.py [--data FOLDER] [--seeds 5] [--steps 6000] [--task NAME] [--schedule NAME]
 
 Every schedule begins at the same learning rate, which was not tuned to any of them, and sees the same minibatches.
 ReduceLROnPlateau has torch's defaults (factor 0.1, patience 10) and is given the mean minibatch loss of each epoch;
@@ -98,12 +98,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--task", help="one task only")
+    parser.add_argument("--schedule", choices=SCHEDULES, action="append", help="these schedules only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| task | schedule | training loss | test loss | test accuracy | decays at (first seed) |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, task in tasks(options.data).items():
-        for schedule in SCHEDULES:
+        if options.task not in (None, name):
+            continue
+        for schedule in options.schedule or SCHEDULES:
             runs = [train(task, schedule, seed, options.steps) for seed in range(options.seeds)]
             table = np.array([run[:3] for run in runs])
             error = table.std(0, ddof=1) / np.sqrt(len(runs))

@@ -66,7 +66,7 @@ def validate_and_show(console: Console, path: Path, *, fresh: bool, **options: A
             number(found.lr[i]), f"{found.batch_size[i]:.0f}", number(found.momentum[i]),
             f"{number(found.predicted[i])} ± {number(found.predicted_stderr[i])}",
             f"{number(found.observed[i])} ± {number(found.observed_stderr[i])}",
-            f"{100 * error[i]:+.0f}%" if np.isfinite(error[i]) else "–", "up" if flag else "",
+            f"{100 * error[i]:+.0f}%" if np.isfinite(error[i]) else number(error[i]), "up" if flag else "",
         )  # fmt: skip
     console.print(table)
     console.print(

@@ -91,7 +91,7 @@ def test_divergence_is_observed_as_infinite(measured, tmp_path):
     found = validate(measured, tmp_path, settings=[measured.sgd, wild], replicas=2)
     assert np.isinf(found.observed[1])
     assert not found.ok[1]
-    assert np.isnan(found.relative_error[1])
+    assert np.isnan(found.relative_error[1])  # predicted to diverge, and did
 
 
 def test_default_settings_span_what_they_promise():
@@ -115,3 +115,14 @@ def test_branches_carry_the_momentum_buffer_on():
     rest = tg.simulate.networks(problem, 1, 3, sgd, start=half.theta, velocity=half.velocity)
     torch.testing.assert_close(rest.theta, whole.theta)
     np.testing.assert_allclose(rest.squared_norm[:, -1], whole.theta.square().sum(1))
+
+
+def test_a_divergence_that_was_predicted_alone_or_seen_alone_is_an_infinite_error():
+    from thermograd.prediction.validation import _relative
+
+    inf = np.inf
+    found = _relative(np.array([1.1, inf, 1.0, inf]), np.array([1.0, 1.0, inf, inf]))
+    np.testing.assert_allclose(found[:1], 0.1)
+    assert found[1] == inf
+    assert found[2] == -inf
+    assert np.isnan(found[3])

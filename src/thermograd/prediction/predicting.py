@@ -85,9 +85,8 @@ class Predictions:
         """All quantities of one setting, by name; flags as a list of sentences under ``"flags"``."""
         forecast = self.forecast
         ahead = int(steps or forecast.steps)
-        batches = len(epoch_batches(sgd, drop_last=forecast.standing.drop_last))
-        if ahead < max(20, 3 * batches):
-            raise InputError(f"steps is {ahead}", expected=f"at least 20 steps and three epochs ({3 * batches} steps)")
+        if ahead < 20:
+            raise InputError(f"steps is {ahead}", expected="at least 20")
         if sgd.weight_decay not in forecast.flows:
             forecast.flows[sgd.weight_decay] = flows_for(forecast.standing, sgd.weight_decay, forecast.steps)
         row: dict[str, Any] = dict.fromkeys(_UNITS, math.nan)

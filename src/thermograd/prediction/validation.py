@@ -59,17 +59,13 @@ class Validation(Measurement):
 
     @property
     def relative_error(self) -> Array:
-        """Predicted over observed, less one; NaN where either is infinite or nothing is left to predict."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            error = self.predicted / self.observed - 1
-        return np.where(np.isfinite(self.predicted) & np.isfinite(self.observed), error, np.nan)
+        """Predicted over observed, less one; infinite where one of them alone is, NaN where both are."""
+        return _relative(self.predicted, self.observed)
 
     @property
     def failures(self) -> np.ndarray:
         """Positions of settings that are off by more than 30% and whose flag was not up."""
-        error = np.abs(self.relative_error)
-        wrong = (error > 0.3) | (np.isfinite(self.predicted) != np.isfinite(self.observed))
-        return np.flatnonzero(wrong & self.ok.astype(bool))
+        return np.flatnonzero((np.abs(self.relative_error) > 0.3) & self.ok.astype(bool))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Predicted against observed on logarithmic axes; hollow where a flag was up."""
@@ -184,9 +180,8 @@ def load(folder: str | os.PathLike[str]) -> Validation:
     predicted, observed = column(0, "excess_loss"), column(1, "excess_loss")
     flags = tuple("; ".join(row["flags"]) for row, _ in rows)
     ok = np.array([not text for text in flags])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.abs(predicted / observed - 1)
-    good = np.isfinite(error)
+    error = np.abs(_relative(predicted, observed))
+    good = ~np.isnan(error)
     ranked = np.isfinite(predicted) | np.isfinite(observed)
     return Validation(
         column(0, "lr"), column(0, "batch_size"), column(0, "momentum"), predicted, column(0, "excess_loss_stderr"),
@@ -196,6 +191,13 @@ def load(folder: str | os.PathLike[str]) -> Validation:
         float(spearmanr(predicted[ranked], observed[ranked]).statistic) if ranked.sum() > 2 else math.nan,
         flags, frozen["sha256"],
     )  # fmt: skip
+
+
+def _relative(predicted: Array, observed: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = predicted / observed - 1
+    error = np.where(np.isinf(observed) & np.isfinite(predicted), -np.inf, error)
+    return np.where(np.isinf(predicted) & np.isinf(observed), np.nan, error)
 
 
 # ---------------------------------------------------------------------- freezing
