@@ -21,7 +21,7 @@ from thermograd.continual.comparison import compare
 from thermograd.continual.learning import Cell, learn
 from thermograd.continual.settings import Settings
 from thermograd.continual.streams import stream
-from thermograd.errors import ConfigError, DivergedError, InputError
+from thermograd.errors import ConfigError, DivergedError, InputError, NonFiniteError
 
 SMALL: dict[str, Any] = {
     "stream": {"data": "digits", "scenario": "domain", "tasks": 2, "n": 200},
@@ -214,10 +214,11 @@ def test_results_are_written_in_every_form(tmp_path: Path) -> None:
     assert (tmp_path / "figure.svg").stat().st_size > 1000
 
 
-def test_a_setting_that_diverges_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [DivergedError, NonFiniteError])
+def test_a_setting_that_diverges_is_not_chosen(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def sometimes(*args: Any) -> Cell:
         if args[3] == 100.0:
-            raise DivergedError("the weights are not finite")
+            raise error("the weights are not finite")
         return learn(*args)
 
     monkeypatch.setattr(protocol, "learn", sometimes)

@@ -106,7 +106,7 @@ def learn(stream: Stream, settings: Settings, kind: str, strength: float, option
     """Learn all tasks in turn, and measure after each.
 
     Raises:
-        DivergedError: the weights stopped being finite.
+        NonFiniteError: the weights stopped being finite.
     """
     training, protocol = settings.training, settings.protocol
     model = network(settings.network, stream.inputs, stream.outputs, seed)

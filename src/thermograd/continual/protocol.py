@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DivergedError, InputError
+from ..errors import InputError, NonFiniteError
 from ..progress import bar
 from .comparison import Comparison, Trial, compare
 from .learning import Cell, constraint_of, learn
@@ -144,7 +144,7 @@ class _Bench:
             return Cell(**json.loads(path.read_text(encoding="utf-8")))
         try:
             cell = learn(self.stream, self.settings, choice.kind, choice.strength, choice.arguments, seed)
-        except DivergedError:  # a setting that diverges is one that is not chosen
+        except NonFiniteError:  # a setting that diverges is one that is not chosen
             empty = [[0.0] * len(self.stream.tasks) for _ in self.stream.tasks]
             cell = Cell(test=empty, validation=empty)
         if path is not None:
