@@ -212,3 +212,20 @@ def test_nesterov_and_dampening_are_predicted_too(regression, measured):
     assert damped["stationary_excess_loss"] == pytest.approx(
         measured.at(measured.sgd)["stationary_excess_loss"], rel=1e-9
     )
+
+
+def test_a_run_whose_own_setting_is_unstable_on_paper_is_flagged_not_refused(regression, measured):
+    import dataclasses
+
+    from thermograd.prediction import Forecast, Predictions
+
+    forecast = measured.forecast
+    sharp = dataclasses.replace(forecast.cold, curvature=100 * forecast.cold.curvature)
+    for cold, hot in ((sharp, forecast.hot), (sharp, sharp)):
+        made = Forecast(forecast.standing, cold, hot, forecast.flows, forecast.steps, forecast.fits)
+        row = Predictions(made).at(measured.sgd)
+        assert np.isinf(row["excess_loss"])
+        assert any("stability bound" in flag for flag in row["flags"])
+        found = tg.prediction.predict(None, regression.problem, lr=[0.01, 0.05], measured=Predictions(made))
+        assert not found["ok"].values[1]
+        assert np.isnan(found["equivalent_lr"].values[1]).all()

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UnstableError
 from ..hyperparameters import SGD
 from ..theory import sampling as schemes
 from ..theory.arrays import Array
@@ -84,7 +85,7 @@ class Forecast:
         mean_flow = self._held = self.flows[sgd.weight_decay][1]
         self.own = self._stationary(sgd, self.hot_bins)
         above = max(run.loss - mean_flow.loss[0], 0.0)
-        unresolved = self._unresolved(sgd)
+        unresolved = self._unresolved(sgd) if math.isfinite(self.own) else 0.0
         self.measured = above + unresolved  # fluctuation of the run about its mean
         self.kappa = self.measured / self.own if self.own > 0 else math.nan
         self.kappa_stderr = run.loss_stderr / self.own if self.own > 0 else math.nan
@@ -143,7 +144,10 @@ class Forecast:
         ) + schemes.weight_variance(white, curvature, modes.white * factor)
 
     def _stationary(self, sgd: SGD, modes: Modes) -> float:
-        return 0.5 * float(self.energies(sgd, modes) @ self.variances(sgd, modes))
+        try:
+            return 0.5 * float(self.energies(sgd, modes) @ self.variances(sgd, modes))
+        except UnstableError:
+            return math.inf
 
     def curve(self, sgd: SGD, modes: Modes, edges: NDArray[np.int64]) -> Array:
         """Fluctuation averaged over blocks of steps from the run's last weights on, [m]."""
@@ -173,7 +177,7 @@ class Forecast:
     def level(self, cold: float, hot: float) -> float:
         """x: the fluctuation in units of the run's, infinite where the noise feeds itself."""
         rest = self.own + cold - hot
-        return cold / rest if rest > 0 and math.isfinite(cold) else math.inf
+        return cold / rest if 0 < rest < math.inf and math.isfinite(cold) else math.inf
 
     def join(self, cold: float, hot: float) -> tuple[float, float]:
         """Fluctuation between (and beyond) the cold and the hot one, and its level."""
@@ -225,6 +229,8 @@ class Forecast:
     def noise_gain(self, sgd: SGD) -> float:
         """Noise energy that the spread adds, per unit of spread: above 1 the mean square diverges."""
         cold, hot = (self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins))
+        if not (math.isfinite(cold) and math.isfinite(hot)):
+            return math.inf
         return (hot - cold) / self.own if self.own > 0 else math.nan
 
     def margin(self, sgd: SGD) -> float:

@@ -263,15 +263,12 @@ class Predictions:
         """Learning rate at which another batch size has the same loss floor; NaN where there is none."""
         forecast = self.forecast
         target = forecast.stationary_excess(sgd)
-        if not (math.isfinite(target) and target > 0):
+        if not (math.isfinite(target) and target > 0):  # unstable, or without noise
             return math.nan
 
         def above(log_lr: float) -> float:
             other = sgd.replace(lr=math.exp(log_lr), batch_size=batch_size)
-            try:
-                value = forecast.stationary_excess(other)
-            except UnstableError:
-                value = math.inf
+            value = forecast.stationary_excess(other)
             return math.log(value / target) if value > 0 else -math.inf
 
         low, high = math.log(sgd.lr) - 7, math.log(sgd.lr) + 7
