@@ -245,5 +245,6 @@ def note(bench: Bench, found: list[Any]) -> str:
     )
     return (
         f"{where}, ReLU, no biases, B = 50, α = 0.1, {len(found)} seeds, a network each. The middle layer is recorded "
-        "at every step of twenty epochs, after the loss has fallen so far; directions come from the first ten."
+        "at every step of twenty epochs, after the loss has fallen so far; principal components come from the first "
+        "ten, held-out variances and those of Hessian modes from the last ten, with a straight line removed."
     )
