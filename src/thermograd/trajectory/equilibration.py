@@ -42,8 +42,8 @@ _SAMPLES = 400  # weights looked at in a window
 class Equilibration:
     """Streaming test of whether training at the present learning rate has equilibrated.
 
-    It holds two vectors of P numbers and some hundred scalars. Weights are looked at in some 400 steps of each window, the
-    loss at each step.
+    It holds two vectors of P numbers, and a number for each step of the window. Weights are looked at in some 400 steps
+    of each window, the loss at each step.
 
     Args:
         least: steps of the first window.
@@ -225,7 +225,8 @@ class WatchesEquilibrium:
 
         False until a window has shown it. Asking for it begins the test (see
         :class:`~thermograd.trajectory.Equilibration`; assign one with other settings to ``recorder.equilibration``): a
-        window whose loss still changes by the tolerance (10%) is called equilibrated with a probability of at most 5%.
+        window whose loss still changes by the tolerance (10%) is called equilibrated with a probability of about 5%
+        (2 to 6% in simulations, docs/predict.md).
         """
         return self.equilibration.equilibrated
 
