@@ -264,8 +264,7 @@ def noise_exponent(bench: Bench) -> Outcome:
         (Panel("Noise against curvature, layer by layer", "H_ii", "C_ii", tuple(curves), "log", "log"),),
         (
             "The network was changed after a first run, and the number of modes raised after another, in both of which "
-            "the exponent of the first layer was below 1; the 30 largest curvatures of a layer alone give exponents "
-            "smaller by about 0.1.",
+            "the exponent of the first layer was below 1: the few sharpest modes alone give a smaller one.",
         ),
         f"Network d-{width}-{width}-10 without biases on {samples} samples, SGD with B = 50 and η = 0.1 down to a loss "
         f"of {loss:.3g}; the {modes} largest eigenvalues of each layer's own Hessian, down to a thousandth of the "
