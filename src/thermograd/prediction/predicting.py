@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import HyperparameterError, InputError, UnstableError
+from ..errors import HyperparameterError, InputError
 from ..hyperparameters import SGD
 from ..progress import track
 from ..theory import sampling as schemes
@@ -93,12 +93,10 @@ class Predictions:
         row["sharpness_margin"] = forecast.margin(sgd)
         row["gradient_noise_scale"] = forecast.fits["gradient_noise_scale"]
         row["weight_variance"] = np.full(_MODES, np.nan)
-        try:
+        row["noise_gain"] = forecast.noise_gain(sgd)
+        excess = Excess(math.inf, math.inf, math.inf, math.nan, math.inf)
+        if math.isfinite(row["noise_gain"]) and row["sharpness_margin"] > 1:
             excess = forecast.excess(sgd, ahead)
-            row["noise_gain"] = forecast.noise_gain(sgd)
-        except UnstableError:
-            excess = Excess(math.inf, math.inf, math.inf, math.nan, math.inf)
-            row["noise_gain"] = math.inf
         row |= {
             "loss": excess.value + forecast.bottom_for(sgd), "excess_loss": excess.value,
             "excess_loss_stderr": excess.stderr, "fluctuation": excess.fluctuation, "mean_excess": excess.mean,
