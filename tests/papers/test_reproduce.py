@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from thermograd.errors import InputError, NonFiniteError, NotAvailableError, The
 from thermograd.papers import Outcome, Panel, Published, Row, Series, mori
 from thermograd.papers.item import Bench, Item, expected_warnings
 from thermograd.papers.outcome import between_seeds
+from thermograd.papers.reproduce import _Clock
 from thermograd.simulate import first_passage, linear_regression_sgd
 
 ONE = Published(1.0, "Fig. 1", 0.1)
@@ -175,3 +177,12 @@ def test_what_an_interrupt_cut_short_is_not_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Bench("reduced", (0, 1), tmp_path).part("one", cut_short)
     assert not list(tmp_path.glob("parts/*"))
+
+
+def test_time_adds_up_over_interrupted_runs(tmp_path):
+    for _ in range(2):
+        clock = _Clock(tmp_path / "seconds")
+        with pytest.raises(KeyboardInterrupt), clock:
+            time.sleep(0.01)
+            raise KeyboardInterrupt
+    assert 0.02 <= clock.seconds < 10

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import inspect
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,21 +51,39 @@ def result_folder(
     item: Item, out: str | os.PathLike[str], scale: Scale, seeds: int, seed: int, data_folder: Path | None = None
 ) -> Path:
     """Where the result of these settings is kept; a changed protocol has a folder of its own."""
-    settings = json.dumps(
-        [item.name, scale, seeds, seed, _protocol(inspect.getsource(sys.modules[item.run.__module__]))]
-    )
+    settings = json.dumps([item.name, scale, seeds, seed, _protocol(item.run.__module__)])
     return Path(out) / item.name / f"{scale}-{seeds}x{seed}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
 
 
-def _protocol(source: str) -> str:
-    """What a module does, without what it says of itself: neither comments and docstrings nor entries in the list."""
-    tree = ast.parse(source)
+def _protocol(module: str) -> list[str]:
+    """What a module and those beside it that it takes from do, without comments, docstrings and entries in the list."""
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+            waiting += [f"{__package__}.{beside}" for beside in _beside(tree)]
+            found[name] = ast.dump(_bare(tree))
+    return [found[name] for name in sorted(found)]
+
+
+def _beside(tree: ast.Module) -> list[str]:
+    """The modules of this folder that it imports, but for the frame that items run in."""
+    taken: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            taken += [node.module] if node.module else [name.name for name in node.names]
+    return [name for name in taken if name not in ("item", "outcome")]
+
+
+def _bare(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
         if isinstance(node, ast.FunctionDef):
             node.decorator_list = []
-    return ast.dump(tree)
+    return tree
 
 
 def reproduce(
@@ -114,17 +133,35 @@ def reproduce(
         return Outcome.from_json((folder / RESULT).read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     drawn = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(seeds) >> 1)
-    began = time.monotonic()
+    settings: dict[str, Any] = {"scale": size, "seeds": seeds, "seed": seed}
+    clock = _Clock(folder / "seconds")
     try:
-        outcome = item.run(Bench(size, drawn, folder, place))
+        with clock:
+            outcome = item.run(Bench(size, drawn, folder, place))
     except NotAvailableError as error:
-        return Outcome(unavailable=str(error), settings={"scale": size, "seeds": seeds, "seed": seed})
-    took = time.monotonic() - began
-    outcome = replace(outcome, settings={"scale": size, "seeds": seeds, "seed": seed, "seconds": round(took, 1)})
+        return Outcome(unavailable=str(error), settings=settings)
+    outcome = replace(outcome, settings=settings | {"seconds": round(clock.seconds, 1)})
     new = folder / f".{RESULT}.new"
     new.write_text(outcome.to_json(), encoding="utf-8")
     os.replace(new, folder / RESULT)
     return outcome
+
+
+class _Clock:
+    """The time that an item took, over all the runs that it was interrupted in."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self.began
+        new = self.path.with_suffix(".new")
+        new.write_text(f"{self.seconds}", encoding="utf-8")
+        os.replace(new, self.path)
 
 
 def reproduce_all(
