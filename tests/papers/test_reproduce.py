@@ -180,9 +180,13 @@ def test_what_an_interrupt_cut_short_is_not_kept(tmp_path):
 
 
 def test_time_adds_up_over_interrupted_runs(tmp_path):
-    for _ in range(2):
-        clock = _Clock(tmp_path / "seconds")
-        with pytest.raises(KeyboardInterrupt), clock:
+    def cut_short(clock):
+        with clock:
             time.sleep(0.01)
             raise KeyboardInterrupt
+
+    for _ in range(2):
+        clock = _Clock(tmp_path / "seconds")
+        with pytest.raises(KeyboardInterrupt):
+            cut_short(clock)
     assert 0.02 <= clock.seconds < 10
