@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _cell(text: str) -> str:
 
 
 def write_gallery(
-    outcomes: Mapping[str, Outcome], folder: str | os.PathLike[str], command: str = "", commit: str = ""
+    outcomes: Mapping[str, Outcome], folder: str | os.PathLike[str], command: str = "", commit: str | None = None
 ) -> Path:
     """Write ``index.html`` (one file), ``README.md`` and the figures as SVG.
 
@@ -84,7 +85,7 @@ def write_gallery(
         outcomes: by name of the item.
         folder: where to.
         command: how they were made.
-        commit: of which version.
+        commit: of which version; by default what git says of a source checkout.
 
     Returns:
         The HTML page.
@@ -98,7 +99,7 @@ def write_gallery(
         for i, panel in enumerate(outcome.panels):
             (place / f"{prefix}-{i + 1}.svg").write_text(svg(panel), encoding="utf-8")
         entries.append({"item": items()[name], "outcome": outcome, "pictures": pictures, "anchor": prefix})
-    facts = _facts(outcomes, command, commit)
+    facts = _facts(outcomes, command, _checked_out() if commit is None else commit)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("thermograd.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -110,6 +111,17 @@ def write_gallery(
     target.write_text(page, encoding="utf-8")
     (place / "README.md").write_text(_markdown(outcomes, facts), encoding="utf-8")
     return target
+
+
+def _checked_out() -> str:
+    """The commit that this code is run from, where it lies in a git checkout of its own."""
+    here = Path(__file__).resolve().parents[1]
+    try:
+        asked = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "--short", "HEAD"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found[-1] if Path(found[0]) / "src" / here.name == here else ""
 
 
 def _facts(outcomes: Mapping[str, Outcome], command: str, commit: str) -> list[tuple[str, str]]:
