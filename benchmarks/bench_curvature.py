@@ -8,11 +8,11 @@ against float64 double backward, of an eigenvalue its true residual by that floa
 
 The peers live in an environment of their own, since they are no dependency::
 
-    python -m venv /tmp/peers
-    /tmp/peers/bin/pip install torch==2.13.0 numpy
-    /tmp/peers/bin/pip install --no-deps pyhessian curvlinops-for-pytorch hessian-eigenthings
-    /tmp/peers/bin/pip install einops einconv unfoldNd backpack-for-pytorch linear_operator scipy tqdm opt-einsum
-    python benchmarks/bench_curvature.py --peers /tmp/peers/bin/python --work mlp cnn
+    python -m venv peers
+    peers/bin/pip install torch==2.13.0 numpy
+    peers/bin/pip install --no-deps pyhessian curvlinops-for-pytorch hessian-eigenthings
+    peers/bin/pip install einops einconv unfoldNd backpack-for-pytorch linear_operator scipy tqdm opt-einsum
+    python benchmarks/bench_curvature.py --peers peers/bin/python --work mlp cnn
 
 Without ``--peers`` only thermograd is timed (``make bench`` does this). One JSON line a measurement goes to
 ``--json``; a table to the terminal.
