@@ -32,14 +32,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .hyperparameters import SGD, Sampling
-from .settings import Section, explain, flat, read_toml, to_toml
+from .settings import Root, Section, flat, read_toml, to_toml
 
 __all__ = [
     "Config",
@@ -182,7 +181,7 @@ class MeasureConfig(Section):
     seed: _Seed = Field(default=0, description="of every random draw of the measurements")
 
 
-class Config(Section):
+class Config(Root):
     """A whole configuration.
 
     >>> config = Config.from_dict({
@@ -212,18 +211,6 @@ class Config(Section):
     @classmethod
     def _allow_empty(cls, value: Any) -> Any:
         return {} if value is None else value
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Config:
-        """Check a nested dictionary.
-
-        Raises:
-            ConfigError: a key is unknown or absent, or a value is not what is expected.
-        """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise explain(error, values, source, cls) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration with every default filled in; keys that are None are left out."""

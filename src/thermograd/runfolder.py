@@ -48,8 +48,8 @@ def is_complete(path: str | os.PathLike[str]) -> bool:
     return saved is not None and saved["step"] == total_steps(configuration.load(folder / CONFIG))
 
 
-def rebuild(path: str | os.PathLike[str]) -> Problem:
-    """The problem of a run made from a configuration, its model at the last checkpoint.
+def of_configuration(path: str | os.PathLike[str], own_loop: str) -> Path:
+    """The folder of a run made from a configuration; ``own_loop`` is what to do with another.
 
     Raises:
         StoreError: the folder is not such a run.
@@ -61,8 +61,18 @@ def rebuild(path: str | os.PathLike[str]) -> Problem:
         raise StoreError(
             f"{folder} has no {CONFIG}",
             expected="a run made by `thermograd run` or `thermograd demo`",
-            remedy="for a run of your own loop, call thermograd.check(path, problem) in Python",
+            remedy=f"for a run of your own loop, {own_loop}",
         )
+    return folder
+
+
+def rebuild(path: str | os.PathLike[str]) -> Problem:
+    """The problem of a run made from a configuration, its model at the last checkpoint.
+
+    Raises:
+        StoreError: the folder is not such a run.
+    """
+    folder = of_configuration(path, "call thermograd.check(path, problem) in Python")
     saved = read_checkpoint(folder)
     if saved is None:
         raise StoreError(f"{folder} has no {CHECKPOINT}", remedy="start the run again to resume it")

@@ -9,19 +9,35 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import ConfigError
 
-__all__ = ["Section", "explain", "flat", "read_toml", "to_toml"]
+__all__ = ["Root", "Section", "explain", "flat", "read_toml", "to_toml"]
 
 
 class Section(BaseModel):
     """A table of a configuration: unknown keys and values of another type are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Root(Section):
+    """A whole configuration."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Self:
+        """Check a nested dictionary.
+
+        Raises:
+            ConfigError: a key is unknown or absent, or a value is not what is expected.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise explain(error, values, source, cls) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .prediction import Predictions, predictions
 from .prediction import predict as predict_measured
 from .prediction.validation import Validation
 from .prediction.validation import validate as validate_measured
-from .runfolder import CONFIG, is_complete, read_checkpoint
+from .runfolder import CONFIG, is_complete, of_configuration, read_checkpoint
 
 if TYPE_CHECKING:
     import xarray
@@ -51,15 +51,7 @@ def _rebuild(run: Any) -> tuple[Problem, dict[str, Any]]:
     """The problem with all weights, and the state that training ended in."""
     if not isinstance(run, str | os.PathLike):
         raise InputError(f"the run is a {type(run).__name__}", expected="the path of a run's folder, or a problem too")
-    folder = Path(run)
-    if not folder.is_dir():
-        raise StoreError(f"{folder} does not exist", expected="the folder of a run", remedy="check the path")
-    if not (folder / CONFIG).is_file():
-        raise StoreError(
-            f"{folder} has no {CONFIG}",
-            expected="a run made by `thermograd run` or `thermograd demo`",
-            remedy="for a run of your own loop, pass its problem in Python",
-        )
+    folder = of_configuration(run, "pass its problem in Python")
     if not is_complete(folder):
         raise StoreError(f"the run in {folder} is not trained to its end", remedy="resume it first")
     config = configuration.load(folder / CONFIG)

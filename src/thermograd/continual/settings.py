@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..settings import Section, explain, read_toml
+from ..settings import Root, Section, read_toml
 from .streams import Scenario
 
 __all__ = ["KINDS", "Settings", "load"]
@@ -76,7 +76,7 @@ class MethodSettings(Section):
         return sorted(value)
 
 
-class Settings(Section):
+class Settings(Root):
     """A whole configuration.
 
     >>> settings = Settings.from_dict({
@@ -118,18 +118,6 @@ class Settings(Section):
             if method.kind not in _PLAIN and not method.strengths:
                 raise ValueError(f"methods.{name} needs strengths to choose from")
         return self
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Settings:
-        """Check a nested dictionary.
-
-        Raises:
-            ConfigError: a key is unknown or absent, or a value is not what is expected.
-        """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise explain(error, values, source, cls) from None
 
 
 def load(path: str | os.PathLike[str]) -> Settings:
