@@ -7,6 +7,7 @@ import torch
 
 from thermograd import Problem, papers
 from thermograd.papers import corrections
+from thermograd.trajectory.detrend import detrended
 
 
 def _found(name, tmp_path, seeds=3, seed=5):
@@ -19,6 +20,14 @@ def test_epoch_noise(tmp_path):
     assert len(checked) == 4
     for row in checked:  # two degrees of freedom behind the error: 9 of it, and 2%, for 1 in 80
         assert abs(row.ours - row.theory) < 9 * row.stderr + 0.02 * abs(row.theory), row
+
+
+def test_detrending_leaves_the_variance_about_a_line():
+    time = np.arange(100.0)
+    rows = np.stack([3 + 2 * time, np.where(time % 2 == 0, 1.0, -1.0)], axis=1)
+    kept = detrended(rows, "linear").var(0)
+    assert abs(kept[0]) < 1e-18 * 1e4
+    assert abs(kept[1] - 1) < 1e-3
 
 
 def test_noise_of_an_epoch_cancels_without_replacement_only():

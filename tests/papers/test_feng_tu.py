@@ -9,7 +9,17 @@ import torch
 from thermograd import SGD, papers
 from thermograd.errors import NotAvailableError
 from thermograd.minibatches import Minibatches
-from thermograd.papers.feng_tu_protocol import LAYER, correlation_times, exact_window, power, problem_of
+from thermograd.papers.feng_tu_noise import _ends, _ensemble
+from thermograd.papers.feng_tu_protocol import (
+    LAYER,
+    components_of,
+    correlation_times,
+    exact_window,
+    explore,
+    power,
+    problem_of,
+    sizes,
+)
 from thermograd.papers.item import Bench
 from thermograd.papers.training import record_layer, train_down_to
 
@@ -63,9 +73,24 @@ def test_temperature(tmp_path):
     for start, slack in (("T of the ensemble", 0.15), ("median of σ²", 0.25)):
         row = by_name(outcome, start)
         assert abs(row.ours - row.theory) < slack + 4 * row.stderr, row
+    assert outcome.verdict == "reproduced"
     edges = by_name(outcome, "T a tenth of F")
     assert edges.ours > 1.2  # open upwards
     assert 0.6 < edges.ours / edges.theory < 1.7  # minibatch losses are parabolas only roughly
+
+
+def test_temperature_is_the_parabola_of_scattered_minibatch_losses(tmp_path):
+    """Two deviations away, where the weights are, minibatch losses are parabolas closely."""
+    bench, ends = Bench("reduced", (1, 2), tmp_path), []
+    for seed in bench.seeds:
+        components, _, count = sizes(bench)
+        experiment = explore(bench, seed)
+        directions, variance = components_of(experiment, components, count)
+        found = _ensemble(experiment, directions, 20 * np.sqrt(variance), 60, seed)  # a tenth of it is two deviations
+        ends.append([_ends(found[key]) for key in ("temperature", "parabola")])
+    measured, predicted = np.mean(ends, axis=0)
+    assert measured > 1
+    assert abs(measured - predicted) < 0.05 + 4 * np.std([a - b for a, b in ends], ddof=1) / len(ends) ** 0.5
 
 
 def test_times(tmp_path):
