@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thermograd.continual.forms import Blocks, Diagonal, Form, LowRank
-from thermograd.continual.kronecker import Kronecker, principal
+from thermograd.continual.kronecker import Kronecker, principal, principal_of
 from thermograd.errors import InputError, NonFiniteError
 
 P = 12
@@ -175,6 +175,22 @@ def test_principal_directions_of_moments_that_are_almost_nothing() -> None:
     inside = found @ (found.T @ factor)
     torch.testing.assert_close(inside, factor, rtol=0, atol=1e-3)
     assert bool(torch.isfinite(principal(torch.zeros(3, 3), 2)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "rank"), [(6, 4), (6, 6), (6, 9), (30, 7)])  # few rows, fewer than asked for, many
+def test_principal_directions_of_rows_are_those_of_their_moment(n: int, rank: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(n, 40, generator=random, dtype=torch.float64) * 10.0 ** -torch.arange(n)[:, None].double()
+    rows = (1e-25 * rows).to(dtype)  # sizes over many decades, squares below what float32 can hold
+    found = principal_of(rows, rank).double()
+    torch.testing.assert_close(found.T @ found, torch.eye(rank).double(), rtol=0, atol=1e-5)
+    shared = min(4, rank)
+    _, _, exact = torch.linalg.svd(rows.double(), full_matrices=False)
+    overlap = (found[:, :shared] * exact[:shared].T).sum(0).abs()
+    torch.testing.assert_close(
+        overlap, torch.ones(shared).double(), rtol=0, atol=1e-5 if dtype == torch.float64 else 1e-3
+    )
 
 
 def test_bad_curvature_is_refused() -> None:

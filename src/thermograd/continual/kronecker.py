@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from .forms import Form, Rate, _refuse, _scattered, _share
 
-__all__ = ["Kronecker", "principal"]
+__all__ = ["Kronecker", "principal", "principal_of"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,20 @@ def principal(moment: Tensor, rank: int) -> Tensor:
     return vectors.to(moment.dtype).contiguous()
 
 
+def principal_of(rows: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of the sum of x x^T over rows x, [n, d] to [d, rank]; cheaper where rows are few."""
+    n, d = rows.shape
+    rows = rows / rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)  # or small squares would vanish
+    if rank > n or 2 * n > d:
+        return principal(rows.T @ rows, rank)
+    exact = rows.double()
+    across = torch.linalg.eigh(exact @ exact.T).eigenvectors.flip(1)[:, :rank]  # [n, rank]
+    found = nn.functional.normalize(exact.T @ across, dim=0, eps=torch.finfo(torch.float64).tiny)
+    # small ones are mixed with large ones by rounding, and come after them: QR takes that off again
+    return torch.linalg.qr(found).Q.to(rows.dtype).contiguous()
+
+
 def _joint(mine: Tensor, my_curvature: Tensor, its: Tensor, its_curvature: Tensor) -> Tensor:
     """Principal directions of two bases [d, k] with curvatures [k] along them, as many as the larger has."""
-    moment = mine * my_curvature @ mine.T + its * its_curvature @ its.T
-    return principal(moment, max(mine.shape[1], its.shape[1]))
+    columns = torch.cat([mine * my_curvature.sqrt(), its * its_curvature.sqrt()], dim=1)
+    return principal_of(columns.T, max(mine.shape[1], its.shape[1]))

@@ -17,7 +17,7 @@ from ..problem import Problem
 from .constraint import Constraint
 from .curvature import check_temperature, pulled_back
 from .forms import Blocks, Diagonal, Form
-from .kronecker import Kronecker, principal
+from .kronecker import Kronecker, principal, principal_of
 
 __all__ = ["LayerLandscape"]
 
@@ -169,16 +169,29 @@ class _Gradients:
         assert self.inputs is not None
         return self.inputs[: len(self.inputs) // self.repeats, 0]
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Sums of G G^T [out, out] and G^T G [in, in]."""
+    def outer(self) -> Tensor:
+        """Sum of G G^T, [out, out]."""
         if self.inputs is not None and self.inputs.shape[1] == 1:
-            g, x = self.signals[:, 0].unflatten(0, (self.repeats, -1)), self._distinct  # [m, b, out], [b, in]
-            by_x = (g * x.norm(dim=1, keepdim=True)).flatten(0, 1)
-            by_g = x * g.square().sum((0, 2))[:, None].sqrt()
-            return by_x.T @ by_x, by_g.T @ by_g
-        whole = self.signals if self.inputs is None else self.signals.mT @ self.inputs  # [n, out, in]
-        rows, columns = whole.movedim(1, 0).flatten(1), whole.flatten(0, 1)
-        return rows @ rows.T, columns.T @ columns
+            by_x = (self._apart * self._distinct.norm(dim=1, keepdim=True)).flatten(0, 1)
+            return by_x.T @ by_x
+        rows = self._whole.movedim(1, 0).flatten(1)
+        return rows @ rows.T
+
+    def inner_rows(self) -> Tensor:
+        """Rows [n', in] whose x x^T add up to the sum of G^T G."""
+        if self.inputs is not None and self.inputs.shape[1] == 1:
+            return self._distinct * self._apart.square().sum((0, 2))[:, None].sqrt()
+        return self._whole.flatten(0, 1)
+
+    @property
+    def _apart(self) -> Tensor:
+        """The signals at the only position, apart for every repetition of the inputs, [m, b, out]."""
+        return self.signals[:, 0].unflatten(0, (self.repeats, -1))
+
+    @property
+    def _whole(self) -> Tensor:
+        """The gradients written out, [n, out, in]."""
+        return self.signals if self.inputs is None else self.signals.mT @ self.inputs
 
 
 class _Moments:
@@ -187,12 +200,18 @@ class _Moments:
     def __init__(self, first: _Gradients):
         self.positions, self.bias = first.positions, first.bias
         self.outer: Tensor | None = None
-        self.inner: Tensor | None = None
+        self.inner: Tensor | None = None  # [n, in] while rows are fewer than inputs, then a square that is their sum
+        self.summed = False
 
     def add(self, gradients: _Gradients) -> None:
-        outer, inner = gradients.moments()
+        outer, rows = gradients.outer(), gradients.inner_rows()
         self.outer = outer if self.outer is None else self.outer + outer
-        self.inner = inner if self.inner is None else self.inner + inner
+        if self.inner is not None and self.summed:
+            self.inner = self.inner + rows.T @ rows
+            return
+        rows = rows if self.inner is None else torch.cat([self.inner, rows])
+        self.summed = len(rows) >= rows.shape[1]
+        self.inner = rows.T @ rows if self.summed else rows
 
     @property
     def outputs(self) -> int:
@@ -208,10 +227,10 @@ class _Moments:
         """
         assert self.outer is not None
         assert self.inner is not None
-        inputs, outputs = len(self.inner), self.outputs
+        inputs, outputs = self.inner.shape[1], self.outputs
         right = inputs if math.isinf(budget) else min(inputs, max(1, int(budget / (inputs + 2 * outputs))))
         self.left = principal(self.outer, outputs) if rotated else None
-        self.right = principal(self.inner, right)
+        self.right = principal(self.inner, right) if self.summed else principal_of(self.inner, right)
         self.curvature = self.right.new_zeros(outputs, right)
 
     def add_curvature(self, gradients: _Gradients) -> None:

@@ -77,16 +77,20 @@ class Layout:
 
     def read(self, model: nn.Module) -> Tensor:
         """The model's weights as one vector [P], with their gradient graph."""
+        return self.gather(self.parameters(model))
+
+    def gather(self, parameters: Sequence[Tensor]) -> Tensor:
+        """What :meth:`parameters` found, as one vector [P]."""
         parts = []
-        for parameter, shape in zip(self.parameters(model), self.shapes.values()):
+        for parameter, shape in zip(parameters, self.shapes.values()):
             parts.append(parameter[_corner(shape)].reshape(-1) if shape else parameter.reshape(-1))
         return torch.cat(parts)
 
     @torch.no_grad()
-    def write(self, model: nn.Module, vector: Tensor) -> None:
-        """Put a vector [P] into the model's weights."""
+    def scatter(self, parameters: Sequence[Tensor], vector: Tensor) -> None:
+        """Put a vector [P] into what :meth:`parameters` found."""
         parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
-        for parameter, shape, part in zip(self.parameters(model), self.shapes.values(), parts):
+        for parameter, shape, part in zip(parameters, self.shapes.values(), parts):
             target = parameter[_corner(shape)] if shape else parameter
             target.copy_(part.view(shape).to(parameter.device, parameter.dtype))
 
