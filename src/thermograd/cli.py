@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -289,7 +290,8 @@ def reproduce(
             _say("Name an item, or pass --all.")
         return
     wanted = list(items()) if every else [find(name).name for name in names or []]
-    again = f"{_program()} reproduce {'--all' if every else ' '.join(wanted)}{' --full' if full else ''}"
+    again = [_program(), "reproduce", *(["--all"] if every else wanted), *(["--full"] if full else [])]
+    again += ["--seeds", str(seeds), "--seed", str(seed)]
     try:
         found = run_and_show(
             out,
@@ -303,11 +305,14 @@ def reproduce(
             fresh=fresh,
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Interrupted; finished parts are kept. Go on with: {again}") from None
+        here = ["--out", str(out_folder), *(["--data", str(data)] if data else []), *(["--report"] if page else [])]
+        here += ["--workers", str(workers)] if workers > 1 else []
+        told = shlex.join(again + here)
+        raise KeyboardInterrupt(f"Interrupted; finished parts are kept. Go on with: {told}") from None
     if page:
         from .papers import write_gallery
 
-        target = write_gallery(found, out_folder / "report", command=f"{again} --seeds {seeds} --seed {seed}")
+        target = write_gallery(found, out_folder / "report", command=shlex.join(again))
         _say(f"Report: [bold]{escape(str(target))}[/] (one file; open it in a browser)")
 
 

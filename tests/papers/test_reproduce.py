@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 import warnings
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from thermograd import SGD, papers
 from thermograd.cli import app
-from thermograd.errors import InputError, NonFiniteError, NotAvailableError, ThermogradWarning
+from thermograd.errors import InputError, NonFiniteError, NotAvailableError, StoreError, ThermogradWarning
 from thermograd.papers import Outcome, Panel, Published, Row, Series, mori
 from thermograd.papers.item import Bench, Item, expected_warnings
 from thermograd.papers.outcome import between_seeds
@@ -123,6 +124,42 @@ def test_the_command(tmp_path):
     assert "mori/fig3a" in listed.output
     wrong = CliRunner().invoke(app, ["reproduce", "mori/none", "--out", str(tmp_path)])
     assert wrong.exit_code == 2
+
+
+def test_the_command_says_how_to_go_on(tmp_path, one_item):
+    """With every option that finds the parts again: without them the same command would begin anew."""
+    command = ["reproduce", "test/one", "--seeds", "3", "--seed", "7", "--out", str(tmp_path / "my results")]
+    stopped = CliRunner().invoke(app, [*command, "--data", str(tmp_path)])
+    assert stopped.exit_code == 130
+    told = shlex.split(stopped.output.split("Go on with:")[1])
+    assert told[1:] == [*command, "--data", str(tmp_path)]
+    assert len(one_item) == 2
+    assert CliRunner().invoke(app, told[1:]).exit_code == 0
+    assert len(one_item) == 4  # the first of three parts was kept
+
+
+def test_the_command_without_data(tmp_path, monkeypatch):
+    def run(bench: Bench) -> Outcome:
+        bench.data("mnist")
+        raise AssertionError
+
+    from thermograd.papers import item
+
+    monkeypatch.setitem(item._ITEMS, "test/one", _item(run))
+    said = CliRunner().invoke(app, ["reproduce", "test/one", "--data", str(tmp_path), "--out", str(tmp_path)])
+    assert said.exit_code == 0
+    assert "test/one: cannot be run here" in said.output
+    assert "--data FOLDER" in said.output
+    assert "ours" not in said.output  # no table without numbers
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, one_item):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="cannot be written"):
+        papers.reproduce("test/one", out=tmp_path / "file")
+    assert not one_item  # before any work
+    said = CliRunner().invoke(app, ["reproduce", "test/one", "--out", str(tmp_path / "file")])
+    assert said.exit_code == 2
 
 
 def test_every_item_says_what_it_needs():

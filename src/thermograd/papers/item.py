@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 
 from ..data import Dataset, load
-from ..errors import DataError, InputError, NotAvailableError, ThermogradWarning
+from ..errors import DataError, InputError, NotAvailableError, StoreError, ThermogradWarning
 from ..progress import track
 from .outcome import Outcome
 
-__all__ = ["Bench", "Item", "Scale", "expected_warnings", "items", "register"]
+__all__ = ["Bench", "Item", "Scale", "expected_warnings", "items", "keep", "register"]
 
 Scale = Literal["reduced", "default", "full"]
 _T = TypeVar("_T")
@@ -100,6 +100,26 @@ def expected_warnings() -> Iterator[None]:
         yield
 
 
+def keep(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file at one stroke, so that a kill leaves the old one or the new one, and its folder if need be.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as file:
+            write(file)
+        os.replace(new, path)
+    except OSError as error:
+        raise StoreError(
+            f"results cannot be written to {path.parent}: {error.strerror or error}",
+            expected="a folder that can be written to",
+            remedy="pass another one with --out, or make room there",
+        ) from error
+
+
 @dataclass(frozen=True)
 class Bench:
     """What a protocol runs with.
@@ -127,11 +147,7 @@ class Bench:
             with np.load(path) as kept:
                 return dict(kept)
         made = {key: np.asarray(value) for key, value in _uninterrupted(make).items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        with open(new, "wb") as file:
-            np.savez(file, **made)  # type: ignore[arg-type]
-        os.replace(new, path)
+        keep(path, lambda file: np.savez(file, **made))  # type: ignore[arg-type]
         return made
 
     def each(
@@ -153,4 +169,5 @@ class Bench:
         try:
             return _loaded(name, self.data_folder, split).take(n)
         except DataError as error:
-            raise NotAvailableError(f"{name} is not here: {error}") from error
+            remedy = f"{error.remedy}; on the command line: --data FOLDER" if error.remedy else None
+            raise NotAvailableError(f"no {name}: {error.what}", expected=error.expected, remedy=remedy) from error

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, NotAvailableError
-from .item import Bench, Item, Scale, items
+from .item import Bench, Item, Scale, items, keep
 from .outcome import Outcome
 
 __all__ = ["find", "reproduce", "reproduce_all", "result_folder"]
@@ -117,6 +117,7 @@ def reproduce(
 
     Raises:
         InputError: no such item, or fewer than two seeds.
+        StoreError: the folder of the results cannot be written to.
     """
     if seeds < 2:
         raise InputError(f"seeds is {seeds}", expected="at least 2, for an error bar between seeds")
@@ -131,19 +132,17 @@ def reproduce(
         shutil.rmtree(folder)
     if (folder / RESULT).exists():
         return Outcome.from_json((folder / RESULT).read_text(encoding="utf-8"))
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(seeds) >> 1)
     settings: dict[str, Any] = {"scale": size, "seeds": seeds, "seed": seed}
     clock = _Clock(folder / "seconds")
+    clock.save()  # so that a folder that cannot be written to is known before hours of work
     try:
         with clock:
             outcome = item.run(Bench(size, drawn, folder, place))
     except NotAvailableError as error:
         return Outcome(unavailable=str(error), settings=settings)
     outcome = replace(outcome, settings=settings | {"seconds": round(clock.seconds, 1)})
-    new = folder / f".{RESULT}.new"
-    new.write_text(outcome.to_json(), encoding="utf-8")
-    os.replace(new, folder / RESULT)
+    keep(folder / RESULT, lambda file: file.write(outcome.to_json().encode()))
     return outcome
 
 
@@ -159,9 +158,10 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.monotonic() - self.began
-        new = self.path.with_suffix(".new")
-        new.write_text(f"{self.seconds}", encoding="utf-8")
-        os.replace(new, self.path)
+        self.save()
+
+    def save(self) -> None:
+        keep(self.path, lambda file: file.write(str(self.seconds).encode()))
 
 
 def reproduce_all(

@@ -60,6 +60,10 @@ def run_and_show(
     for name in names:
         outcome = found.get(name) or reproduce(name, out=out, **options)
         found[name] = outcome
+        if outcome.unavailable:
+            console.print(f"{name}: [bold {_COLOUR[outcome.verdict]}]{outcome.verdict}[/]")
+            console.print(f"{escape(outcome.unavailable)}\n", highlight=False)
+            continue
         console.print(outcome_table(name, outcome))
         console.print(escape(outcome.reason), highlight=False)
         console.print(f"[dim]{escape(outcome.note)}[/]\n", highlight=False)
