@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from . import config as configuration
 from .building import build
 from .errors import ConfigError, InputError, StoreError
-from .prediction import Predictions, predictions
+from .prediction import Predictions, measure, predictions
 from .prediction import predict as predict_measured
 from .prediction.validation import Validation
 from .prediction.validation import validate as validate_measured
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["measured_run", "predict", "validate"]
 
 VALIDATION = "validation"
+_SWEPT = ("lr", "batch_size", "momentum", "weight_decay", "sampling")
+_ALIASES = {"learning_rate": "lr", "eta": "lr", "beta": "momentum", "bs": "batch_size", "batch": "batch_size"}
 
 
 def measured_run(run: Any, problem: Problem | None = None, *, steps: int | None = None, **options: Any) -> Predictions:
@@ -41,10 +45,25 @@ def measured_run(run: Any, problem: Problem | None = None, *, steps: int | None 
         StoreError: no such run, or it is not trained to its end.
         InputError: a run without configuration and no problem, another optimizer than SGD, a schedule.
     """
+    _refuse_unknown(options)
     if problem is None:
         rebuilt, state = _rebuild(run)
         problem, options = rebuilt, {**state, **options}
     return predictions(run, problem, steps=steps, **options)
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Name the argument that was meant, where one is not known."""
+    measured = [name for name in inspect.signature(measure).parameters if name not in ("run", "problem", "steps")]
+    for name in options:
+        if name not in measured:
+            known = ["steps", *_SWEPT, *measured]
+            near = _ALIASES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+            raise InputError(
+                f"there is no argument {name!r}",
+                expected=f"one of {', '.join(known)}",
+                remedy=f"did you mean {near!r}?" if near else None,
+            )
 
 
 def _rebuild(run: Any) -> tuple[Problem, dict[str, Any]]:
@@ -142,7 +161,15 @@ def validate(
         folder: where predictions and results are kept; default ``validation`` in the run's folder.
         fresh: start anew.
         options: see :func:`thermograd.prediction.measure`.
+
+    Raises:
+        InputError: fewer than two replicas, an open tree in place of a folder, a run that cannot be predicted from.
+        StoreError: no such run, or the frozen predictions were changed or are for other settings.
     """
+    if folder is None and not isinstance(run, str | os.PathLike):
+        raise InputError(
+            f"the run is a {type(run).__name__}", expected="the path of its folder", remedy="or pass folder= as well"
+        )
     # the replicas use every sample of an epoch, short last batch included
     ready = measured_run(run, problem, steps=steps, **{**options, "drop_last": False})
     place = Path(folder) if folder is not None else Path(run) / VALIDATION

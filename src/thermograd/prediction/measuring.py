@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from .. import landscape, noise
 from ..errors import InputError, StoreError, TooShortError
 from ..hyperparameters import SGD
+from ..problem import Problem
 from ..progress import bar
 from ..theory.arrays import Array
 from ..trajectory import open_run, write_group
@@ -27,14 +30,13 @@ from .standing import Standing, stand
 if TYPE_CHECKING:
     import xarray
 
-    from ..problem import Problem
-
 __all__ = ["flows_for", "measure"]
 
 _GROUP, _FORMAT = "prediction", 1
 _LONGER = 4.0  # how much longer than the run's own time the flow from the last weights is followed
 _LEAST_STEPS, _EPOCHS = 2000, 25
 _DIRECTIONS = 5  # along which the loss is compared with a parabola
+_SEEN = 256  # samples whose losses say which data a measurement was made from
 _DEVIATION = 0.5  # relative deviation from the parabola that ends the quadratic region
 
 
@@ -51,13 +53,13 @@ def measure(
     velocity: Any = None,
     sgd: SGD | None = None,
     steps: int | None = None,
-    drop_last: bool = False,
+    drop_last: bool | None = None,
     seed: int = 0,
 ) -> Forecast:
     """Measure where a run stands, the noise-free flow from there, curvature and noise there and along the run.
 
-    What is found is written into the run's store and used again as long as the last weights and the options are the
-    same.
+    What is found is written into the run's store and used again as long as the last weights, the losses there and the
+    options are the same.
 
     Args:
         run: a run's folder or its open tree (then nothing is kept).
@@ -67,14 +69,22 @@ def measure(
         velocity: see theta.
         sgd: see theta.
         steps: how far ahead predictions look; default 2000 or 25 epochs, at most the recorded steps.
-        drop_last: whether short last batches are dropped.
+        drop_last: whether short last batches are dropped; default: as the problem's data loader does.
         seed: of every random draw.
 
     Raises:
         InputError, TooShortError, DivergedError: the run cannot be predicted from; the message says why.
     """
-    if steps is not None and (steps < 20 or int(steps) != steps):
-        raise InputError(f"steps is {steps}", expected="a whole number of steps, at least 20")
+    if not isinstance(problem, Problem):
+        raise InputError(
+            f"the problem is a {type(problem).__name__}",
+            expected="a thermograd.Problem of all weights that were trained, the loss and the data",
+        )
+    if sgd is not None and not isinstance(sgd, SGD):
+        raise InputError(f"sgd is a {type(sgd).__name__}", expected="thermograd.SGD(lr=..., batch_size=...)")
+    if steps is not None and not (isinstance(steps, Real) and 20 <= steps < math.inf and steps == int(steps)):
+        raise InputError(f"steps is {steps!r}", expected="a whole number of steps, at least 20")
+    drop_last = problem.drop_last if drop_last is None else drop_last
     before = torch.get_num_threads()
     if problem.P < 20_000:  # handing work of small networks to other threads costs more than it saves
         torch.set_num_threads(1)
@@ -90,7 +100,7 @@ def _measure(
     seed: int, progress: bar,
 ) -> Forecast:  # fmt: skip
     kept = _kept(run)
-    key = _key(problem, theta, sgd, steps, drop_last, seed, run)
+    key = _key(problem, theta, velocity, sgd, steps, drop_last, seed, run)
     if kept is not None and kept.attrs.get("key") == key:
         return _load(kept, problem)
     half = _HalfDone(run, key)
@@ -227,15 +237,21 @@ def _quadratic_region(standing: Standing, vectors: Tensor, spread: Array) -> Arr
 # ---------------------------------------------------------------------- keeping it
 
 
-def _key(problem: Problem, theta: Any, sgd: SGD | None, steps: int | None, drop_last: bool, seed: int, run: Any) -> str:
+def _key(
+    problem: Problem, theta: Any, velocity: Any, sgd: SGD | None, steps: int | None, drop_last: bool, seed: int,
+    run: Any,
+) -> str:  # fmt: skip
     """What a kept measurement must have been made from."""
     digest = hashlib.sha256()
-    if theta is not None:
-        digest.update(problem.as_theta(theta).double().cpu().numpy().tobytes())
+    for given in (theta, velocity):
+        if given is not None:
+            digest.update(problem.as_theta(given).double().cpu().numpy().tobytes())
     tree = open_run(run)
-    end = dict(tree["trajectory"].attrs.get("end", {})) if "trajectory" in tree.children else {}
-    settings = [_FORMAT, end, sgd.to_dict() if sgd else None, steps, drop_last, seed, problem.P, problem.N]
-    settings.append(str(problem.dtype))
+    attrs = dict(tree["trajectory"].attrs) if "trajectory" in tree.children else {}
+    # a run that was killed has no end; rows and steps then say how far it got
+    standing = [attrs.get(name) for name in ("end", "rows", "committed_step", "sgd")]
+    settings = [_FORMAT, standing, sgd.to_dict() if sgd else None, steps, drop_last, seed, problem.P, problem.N]
+    settings += [str(problem.dtype), _seen_of_the_data(problem, theta, tree)]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -243,6 +259,18 @@ def _key(problem: Problem, theta: Any, sgd: SGD | None, steps: int | None, drop_
 def _kept(run: Any) -> xarray.Dataset | None:
     if not isinstance(run, str | os.PathLike):
         return None
+def _seen_of_the_data(problem: Problem, theta: Any, tree: Any) -> list[str]:
+    """Losses of some samples at the last weights: they tell another loss or other data of the same size."""
+    if theta is None and "theta" in tree["trajectory"].to_dataset():
+        last = tree["trajectory/theta"][-1].values
+        theta = last if last.shape == (problem.P,) and np.isfinite(last).all() else None
+    if theta is None:
+        return []
+    index = torch.as_tensor(np.unique(np.linspace(0, problem.N - 1, _SEEN).round().astype(int)))
+    losses = problem.sample_losses(theta, index)
+    return [f"{float(value):.4g}" for value in (losses.mean(), losses.square().mean())]
+
+
     try:
         tree = open_run(run)
     except StoreError:
@@ -319,14 +347,3 @@ def _load(kept: xarray.Dataset, problem: Problem) -> Forecast:
         **{name: float(attrs[name]) for name in ("sample_loss_variance", "gradient_noise_scale")},
     }
     return forecast
-
-
-def run_folder(run: Any) -> Path:
-    """The folder of a run given by its path.
-
-    Raises:
-        InputError: something else was given.
-    """
-    if not isinstance(run, str | os.PathLike):
-        raise InputError(f"the run is a {type(run).__name__}", expected="the path of its folder")
-    return Path(run)

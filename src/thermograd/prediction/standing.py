@@ -98,6 +98,7 @@ def stand(
     attrs = tree["trajectory"].attrs if "trajectory" in tree.children else {}
     sgd = sgd or _noted(attrs)
     if sgd.batch_size is None or sgd.sampling is None:
+    _refuse_another_problem(problem, attrs)
         raise InputError("the batch size of the run is not known", remedy="pass sgd=SGD(..., batch_size=...)")
     sgd = sgd.replace(dataset_size=problem.N)
     whole = select(tree) if "theta" in tree["trajectory"].to_dataset() else None
@@ -105,7 +106,7 @@ def stand(
     if whole is not None and full:
         if whole.T < 64:
             raise TooShortError(f"the run has {whole.T} recorded steps", expected="at least 64")
-        _refuse_schedules(whole.learning_rate)
+        _refuse_schedules(tree["trajectory"].to_dataset(), int(whole.steps[whole.T // 2]))
         half = whole.rows(whole.T // 2, whole.T)
         theta = whole.read(whole.T - 1, whole.T)[0] if theta is None else theta
         if velocity is None:
@@ -164,21 +165,54 @@ def _continue(
 def _noted(attrs: Any) -> SGD:
     noted = attrs.get("sgd")
     values = (json.loads(noted) if isinstance(noted, str) else dict(noted or {})) or {}
-    known = {name: value for name, value in values.items() if value is not None}
-    if attrs.get("optimizer", "SGD") != "SGD" or "lr" not in known:
+def _refuse_another_problem(problem: Problem, attrs: Any) -> None:
+    """A run and a problem that merely have as many weights in common give numbers that mean nothing."""
+    if attrs.get("shapes") is not None and not attrs.get("others_trained"):
+        theirs = {name: tuple(shape) for name, shape in zip(attrs["names"], attrs["shapes"], strict=True)}
+        ours = {name: tuple(shape) for name, shape in problem.shapes.items()}
+        other = next((name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name)), None)
+        if other is not None:
+            raise InputError(
+                f"the weights {other!r} are {theirs.get(other, 'absent')} in the run and "
+                f"{ours.get(other, 'absent')} in the problem",
+                expected="the problem that was trained, with all its weights",
+            )
+    size = attrs.get("dataset_size")
+    if size is not None and size != problem.N:
         raise InputError(
-            f"the run was trained by {attrs.get('optimizer', 'an unknown optimizer')}",
-            expected="a run of torch.optim.SGD, which is what can be predicted",
+            f"the run was trained on {size} samples, the problem has {problem.N}",
+            expected="the problem with the data that the run was trained on",
+        )
+
+
+    known = {name: value for name, value in values.items() if value is not None}
+    optimizer = attrs.get("optimizer", "SGD")
+    if optimizer != "SGD":
+        raise InputError(
+            f"the run was trained by {optimizer}", expected="a run of torch.optim.SGD, which is what can be predicted"
+        )
+    if "lr" not in known:
+        raise InputError(
+            "the run notes no hyperparameters that hold for all its weights",
+            expected="SGD with one positive learning rate, momentum and weight decay for all weights, which minimises",
+            remedy="pass sgd=SGD(lr=..., batch_size=...) where they are known",
         )
     return SGD.from_dict(known)
 
 
-def _refuse_schedules(rates: Any) -> None:
-    if rates is None:
-        return
-    tail = np.asarray(rates, float)[len(rates) // 2 :]
-    if np.ptp(tail) > 1e-9 * tail.max():
-        raise InputError(
-            f"the learning rate changed from {tail.max():g} to {tail.min():g} in the last half of the record",
-            expected="a run that ends with a constant learning rate",
-        )
+def _refuse_schedules(trajectory: Any, first: int) -> None:
+    """From this step on the record has to be of one setting."""
+    steps = trajectory["step"].values
+    begun_anew = np.flatnonzero(np.diff(steps) <= 0)  # where training went on from an older checkpoint
+    start = int(begun_anew[-1]) + 1 if len(begun_anew) else 0
+    for name in ("learning_rate", "momentum", "weight_decay"):
+        if name not in trajectory:
+            continue
+        values = np.asarray(trajectory[name].values[start:], float)[steps[start:] >= first]
+        if np.ptp(values) > 1e-9 * np.abs(values).max():
+            raise InputError(
+                f"the {name.replace('_', ' ')} changed from {values[0]:g} to {values[-1]:g} in the last half of the "
+                "record",
+                expected=f"a run that ends with a constant {name.replace('_', ' ')}",
+                remedy="record the last part as a run of its own, or train on without a change",
+            )
