@@ -256,9 +256,6 @@ def _key(
     return digest.hexdigest()
 
 
-def _kept(run: Any) -> xarray.Dataset | None:
-    if not isinstance(run, str | os.PathLike):
-        return None
 def _seen_of_the_data(problem: Problem, theta: Any, tree: Any) -> list[str]:
     """Losses of some samples at the last weights: they tell another loss or other data of the same size."""
     if theta is None and "theta" in tree["trajectory"].to_dataset():
@@ -271,6 +268,9 @@ def _seen_of_the_data(problem: Problem, theta: Any, tree: Any) -> list[str]:
     return [f"{float(value):.4g}" for value in (losses.mean(), losses.square().mean())]
 
 
+def _kept(run: Any) -> xarray.Dataset | None:
+    if not isinstance(run, str | os.PathLike):
+        return None
     try:
         tree = open_run(run)
     except StoreError:

@@ -96,9 +96,9 @@ def stand(
     """
     tree = open_run(run)
     attrs = tree["trajectory"].attrs if "trajectory" in tree.children else {}
+    _refuse_another_problem(problem, attrs)
     sgd = sgd or _noted(attrs)
     if sgd.batch_size is None or sgd.sampling is None:
-    _refuse_another_problem(problem, attrs)
         raise InputError("the batch size of the run is not known", remedy="pass sgd=SGD(..., batch_size=...)")
     sgd = sgd.replace(dataset_size=problem.N)
     whole = select(tree) if "theta" in tree["trajectory"].to_dataset() else None
@@ -162,9 +162,6 @@ def _continue(
     return losses.mean(0), weights[0].mean(0), points
 
 
-def _noted(attrs: Any) -> SGD:
-    noted = attrs.get("sgd")
-    values = (json.loads(noted) if isinstance(noted, str) else dict(noted or {})) or {}
 def _refuse_another_problem(problem: Problem, attrs: Any) -> None:
     """A run and a problem that merely have as many weights in common give numbers that mean nothing."""
     if attrs.get("shapes") is not None and not attrs.get("others_trained"):
@@ -185,12 +182,15 @@ def _refuse_another_problem(problem: Problem, attrs: Any) -> None:
         )
 
 
-    known = {name: value for name, value in values.items() if value is not None}
+def _noted(attrs: Any) -> SGD:
     optimizer = attrs.get("optimizer", "SGD")
     if optimizer != "SGD":
         raise InputError(
             f"the run was trained by {optimizer}", expected="a run of torch.optim.SGD, which is what can be predicted"
         )
+    noted = attrs.get("sgd")
+    values = (json.loads(noted) if isinstance(noted, str) else dict(noted or {})) or {}
+    known = {name: value for name, value in values.items() if value is not None}
     if "lr" not in known:
         raise InputError(
             "the run notes no hyperparameters that hold for all its weights",
