@@ -111,7 +111,7 @@ def fig4(bench: Bench) -> Outcome:
         return {
             "h": h + sgd.weight_decay, "noise": noise, "position": (away**2).mean((0, 1)),
             "velocity": (paths.velocity**2).mean((0, 1)), "exact_position": exact.position,
-            "exact_velocity": exact.velocity, "lr": sgd.lr, "cloud": away[0, -200:, [0, -1]].T,
+            "exact_velocity": exact.velocity, "lr": sgd.lr, "cloud": away[0, -200:, [0, -1]].T,  # [n, 2]
         }  # fmt: skip
 
     found = bench.each_seed("moments", measure)
@@ -165,9 +165,7 @@ def fig4(bench: Bench) -> Outcome:
             Series("measured", one["h"], one["velocity"], colour=0),
             Series("exact", one["h"], one["exact_velocity"], None, "line", 1),
         ), "log", "log"),
-        Panel(f"Positions along eigenvectors 1 and {modes}", "first", "last", (
-            Series("SGD", one["cloud"][0], one["cloud"][1], colour=0),
-        )),
+        _cloud_panel(one, modes),
     )  # fmt: skip
     return Outcome(
         tuple(rows),
@@ -178,6 +176,21 @@ def fig4(bench: Bench) -> Outcome:
         "drawn with replacement, η times the largest curvature 0.01. Curvature and noise are those at the minimum; "
         "nothing is fitted.",
     )
+
+
+def _cloud_panel(one: dict[str, _Array], modes: int) -> Panel:
+    """A path in the plane of the first and the last eigenvector, with contours of the modified loss and of the loss."""
+    spread = 2 * np.sqrt(one["exact_position"][[0, -1]])  # two standard deviations
+    narrow = 1 / np.sqrt(one["h"][[0, -1]])  # semi-axes of the loss, scaled to the same area
+    narrow *= np.sqrt(spread.prod() / narrow.prod())
+    angle = np.linspace(0, 2 * np.pi, 181)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    return Panel(
+        f"Positions along eigenvectors 1 and {modes}", "along eigenvector 1", f"along eigenvector {modes}",
+        (Series("SGD", *one["cloud"].T, colour=0),
+         Series("modified loss, 2σ", *(spread[:, None] * circle), None, "line", 1),
+         Series("loss, same area", *(narrow[:, None] * circle), None, "dashed", 2)),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- figure 6

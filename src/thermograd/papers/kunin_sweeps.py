@@ -242,7 +242,8 @@ def _against(name: str, x: _Array, found: list[dict[str, _Array]], mine: list[in
     if have_theory:
         curves.append(Series("exact", x, np.mean([one["exact_c"][mine] for one in found], 0), None, "line", 1))
     label = "1/(1-β)" if name == "β" else name
-    return Panel(f"Exponent against {label}", label, "exponent c", tuple(curves), "log")
+    unit = " in units of the standard η" if name == "η" and have_theory else ""  # at the paper's scale it is absolute
+    return Panel(f"Exponent against {label}", f"{label}{unit}", "exponent c", tuple(curves), "log")
 
 
 def _paths(found: list[dict[str, _Array]], middle: int) -> Panel:

@@ -173,9 +173,14 @@ def _hottest(valley: _Valley, unit: float, wanted: float) -> float:
     return float(1 / np.interp(np.log(wanted), time, 1 / lr))
 
 
+def _rows(bench: Bench) -> int | None:
+    """How many rows of a table are used; None for all."""
+    return bench.choose(100, 300, None)
+
+
 def _measured_valley(bench: Bench, file: str, seed: int) -> dict[str, Any]:
     """Train to a minimum, then let replicas with several learning rates and batch sizes escape from it."""
-    X, y, classes = _table(bench, file, bench.choose(100, 300, None), seed)
+    X, y, classes = _table(bench, file, _rows(bench), seed)
     problem = _network(X, y, [X.shape[1], 10, classes], seed)
     whole = SGD(lr=0.1, momentum=0.9, batch_size=len(X), weight_decay=_DECAY)
     trained = networks(problem, 1, bench.choose(600, 3000, 20_000), whole, seed=seed)
@@ -233,9 +238,10 @@ def _escape(bench: Bench, file: str, name: str) -> Outcome:
     runs = int(sum(float(one["runs"]) for one in found))
     return Outcome(
         rows, tuple(panels), _escape_caveats(runs * rates.shape[1], int(rates[..., 0].sum())),
-        f"Networks d-10-classes, weight decay {_DECAY:g}, trained with all samples to a loss of "
-        f"{np.mean([float(one['loss']) for one in found]):.3g}; {runs} escapes a point from there to {_BOUNDARY:g} "
-        f"times that loss, B = {_BATCHES[0]} or the largest of the learning rates: that at which the mean escape of "
+        f"Networks d-10-classes on {_rows(bench) or 'all'} rows of the table, others for each seed, weight decay "
+        f"{_DECAY:g}, trained with full batches to a loss of {np.mean([float(one['loss']) for one in found]):.3g}; "
+        f"{runs} escapes a point from there to {_BOUNDARY:g} times that loss, B = {_BATCHES[0]} or the largest of the "
+        "learning rates: that at which the mean escape of "
         "the network took 100 steps in a pilot. The paper's widths and rates are not known.",
     )  # fmt: skip
 
