@@ -227,6 +227,20 @@ def test_a_setting_that_diverges_is_not_chosen(error: type[Exception], monkeypat
     assert [trial.validation == 0 for trial in found.trials] == [False, True]
 
 
+def test_runs_that_diverge_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def sometimes(*args: Any) -> Cell:
+        if args[2] == "ewc" and args[5] == 1:
+            raise DivergedError("the weights are not finite")
+        return learn(*args)
+
+    monkeypatch.setattr(protocol, "learn", sometimes)
+    found = tg.continual.run(small(), tmp_path)
+    assert found.diverged == (0, 1)
+    assert "1 of 2 runs diverged" in (tmp_path / "table.md").read_text()
+    with pytest.raises(DivergedError, match="in every run"):
+        tg.continual.run(small(training={"lr": 1e30}))
+
+
 def test_weights_that_are_not_finite_are_divergence() -> None:
     tasks = stream("digits", "domain", 2, n=150)
     with pytest.raises(DivergedError, match="ewc of strength 10, seed 0"):
@@ -243,15 +257,62 @@ def test_bad_configurations_are_refused(tmp_path: Path) -> None:
         "methods.ewc.strenghts": small(methods={"ewc": {"strenghts": [1.0]}}),
         "stream.scenario": small(stream={"scenario": "domains"}),
         "each be there once": small(methods={"ewc": {"strengths": [1.0, 1.0]}}),
+        "greater than or equal to 1": small(network={"widths": [0]}),
+        "'ecw', no method": small(protocol={"baseline": "ecw"}),
+        "draws in its options and in its grid": small(
+            methods={"ewc": {"strengths": [1.0], "options": {"draws": 1}, "grid": {"draws": [1, 2]}}}
+        ),
     }
     for text, values in cases.items():
         with pytest.raises(ConfigError) as caught:
             tg.continual.run(values)
         assert text in str(caught.value), str(caught.value)
-    with pytest.raises(InputError, match="rank"):  # before anything is trained
-        tg.continual.run(small(methods={"ewc": {"strengths": [1.0], "options": {"rank": 3}}}))
     with pytest.raises(ConfigError, match="there is no file"):
         tg.continual.run(tmp_path / "absent.toml")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="results cannot be kept"):
+        tg.continual.run(small(), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "text"),
+    [
+        ("ewc", {"rank": 3}, "ewc has no option 'rank' here"),
+        ("ewc", {"temprature": 3.0}, "did you mean 'temperature'"),
+        ("random", {"rnak": 3}, "did you mean 'rank'"),
+        ("ewc", {"params": "0"}, "no option 'params'"),
+        ("ewc", {"strength": 1.0}, "no option 'strength'"),
+        ("ewc", {"temperature": 0.5}, "temperature is 0.5"),
+        ("layer_landscape", {"memory_per_weight": "much"}, "memory_per_weight|another type"),
+        ("landscape", {"directions": "trajectry"}, "directions is 'trajectry'"),
+        ("landscape", {"directions": "trajectory"}, "the path of a task has 3 steps"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_trained(
+    kind: str, options: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Cell:
+        raise AssertionError("it was trained")
+
+    monkeypatch.setattr(protocol, "learn", never)
+    config = small(methods={kind: {"strengths": [1.0], "options": options}}, training={"path_steps": 4, "epochs": 1})
+    config["training"]["batch_size"] = 60
+    with pytest.raises(InputError, match=text):
+        tg.continual.run(config)
+
+
+def test_damaged_results_are_made_again(tmp_path: Path) -> None:
+    first = tg.continual.run(small(), tmp_path)
+    for damaged, text in zip(sorted((tmp_path / "cells").iterdir()), ("", '{"tset": []}', "[1]")):
+        damaged.write_text(text)
+    again = tg.continual.run(small(), tmp_path)
+    np.testing.assert_array_equal(again.accuracy, first.accuracy)
+
+
+def test_a_table_without_the_baseline_has_no_test() -> None:
+    found = tg.continual.run(small(methods={"none": {}, "l2": {"strengths": [1.0]}}))
+    assert "less ewc" not in found.to_markdown()
+    assert {len(row) for row in found.rows()} == {len(found.columns)}
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ class Comparison(Measurement):
     p_value: np.ndarray = quantity("method", long_name="of the paired t test against the baseline")
     settings: tuple[str, ...] = ()
     at_edge: tuple[bool, ...] = ()
+    diverged: tuple[int, ...] = ()  # runs of the method whose weights stopped being finite; they count as accuracy 0
     trials: tuple[Trial, ...] = ()
     baseline: str = ""
     title: str = ""
@@ -93,31 +94,39 @@ class Comparison(Measurement):
 
     @property
     def columns(self) -> list[str]:
-        """Headings of :meth:`rows`."""
-        return [
-            "method", "average accuracy", "forgetting", f"less {self.baseline}", "p", "memory / P", "fit s", "hold s",
-            "train s", "chosen on validation",
-        ]  # fmt: skip
+        """Headings of :meth:`rows`; the test against the baseline only where there is one."""
+        tested = [f"less {self.baseline}", "p"] if self.baseline in self.method else []
+        cost = ["memory / P", "fit s", "hold s", "train s"]
+        return ["method", "average accuracy", "forgetting", *tested, *cost, "chosen on validation"]
 
     def rows(self) -> list[list[str]]:
         """The table as text, a row for each method: mean ± half width of the 95 % t interval over seeds."""
         found = []
         for i, name in enumerate(self.method):
             accuracy, forgetting = (mean_interval(a[i]) for a in (self.average_accuracy, self.forgetting))
-            against = name != self.baseline and not math.isnan(self.difference[i])
+            tested = [f"{self.difference[i]:+.3f} ± {self.difference_halfwidth[i]:.3f}", _p(self.p_value[i])]
+            if self.baseline not in self.method:
+                tested = []
+            elif name == self.baseline:
+                tested = ["", ""]
             found.append([
                 str(name),
                 _pm(*accuracy),
                 _pm(*forgetting),
-                f"{self.difference[i]:+.3f} ± {self.difference_halfwidth[i]:.3f}" if against else "",
-                _p(self.p_value[i]) if against else "",
+                *tested,
                 f"{self.memory[i] / self.weights:.2f}",
                 f"{self.fit_seconds[i]:.2f}",
                 f"{self.hold_seconds[i]:.2f}",
                 f"{self.train_seconds[i]:.2f}",
-                self.settings[i] + (" (edge of its grid)" if self.at_edge[i] else ""),
+                self._remarks(i),
             ])  # fmt: skip
         return found
+
+    def _remarks(self, i: int) -> str:
+        remarks = [self.settings[i] + (" (edge of its grid)" if self.at_edge[i] else "")]
+        if self.diverged and self.diverged[i]:
+            remarks.append(f"{self.diverged[i]} of {len(self.seed)} runs diverged")
+        return "; ".join(remark for remark in remarks if remark)
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
@@ -140,6 +149,7 @@ class Comparison(Measurement):
                 "train_seconds": float(self.train_seconds[i]),
                 "setting": self.settings[i],
                 "at_edge": self.at_edge[i],
+                "diverged": self.diverged[i] if self.diverged else 0,
             }
         trials = [dict(vars(trial)) for trial in self.trials]
         whole = {
@@ -227,6 +237,7 @@ def compare(
         p_value=np.array([t[2] for t in tests]),
         settings=tuple(settings[name] for name in names),
         at_edge=tuple(at_edge[name] for name in names),
+        diverged=tuple(sum(cell.diverged for cell in cells[name]) for name in names),
         trials=tuple(trials),
         baseline=baseline,
         title=title,

@@ -63,8 +63,8 @@ class _Tempered:
 
 def _is_cross_entropy(problem: Problem) -> bool:
     kind = problem.criterion
-    if isinstance(kind, nn.CrossEntropyLoss):
-        return kind.weight is None and kind.label_smoothing == 0
+    if isinstance(kind, nn.CrossEntropyLoss):  # smoothed labels too add up to 1: the same second derivative
+        return kind.weight is None
     return kind is nn.functional.cross_entropy
 
 
@@ -79,7 +79,7 @@ def tempered(problem: Problem, temperature: float) -> Problem:
     if not _is_cross_entropy(problem) or problem.model is None:
         raise InputError(
             f"temperature is {temperature:g} with another loss than plain cross-entropy",
-            expected="torch.nn.CrossEntropyLoss() without weights and smoothing",
+            expected="torch.nn.CrossEntropyLoss() without class weights",
             remedy="leave temperature at 1",
         )
     return _like(problem, _Tempered(temperature), (problem.inputs, problem.targets))
@@ -121,6 +121,7 @@ def _chunk_scores(problem: Problem, index: Tensor) -> Tensor:
         raise InputError(
             f"the network's output for {len(index)} samples has shape {tuple(outputs.shape)}",
             expected=f"[n] or [n, C] with C up to {_MAX_OUTPUTS}",
+            remedy="draw labels instead of taking the expectation over them: draws=1, at temperature 1",
         )
     if _is_cross_entropy(problem) and not targets.is_floating_point():
         p = outputs.softmax(1)  # [n, C]; sum_c p_c (e_c - p)(e_c - p)^T = diag(p) - p p^T

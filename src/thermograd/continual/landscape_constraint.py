@@ -13,7 +13,7 @@ from .. import landscape
 from ..errors import InputError, TooShortError
 from ..problem import Problem
 from ..theory.flatness import curvature_from_flatness
-from ..trajectory import pca
+from ..trajectory import pca, select
 from .constraint import Constraint
 from .curvature import check_temperature, tempered
 from .forms import Blocks, Form, LowRank
@@ -48,11 +48,12 @@ class LandscapeConstraint(Constraint):
             curvature is diagonal in it.
         weights: "flatness": h from the measured width (as published; where the loss does not rise on both sides, h is
             zero); "curvature": h from the second derivative.
-        rank: most directions of one task (in each layer, with ``by_layer``).
+        rank: most directions of one task from each source (and in each layer, with ``by_layer``).
         coverage: keep only as many of them as hold this share of the trace of the curvature; None keeps all.
-        by_layer: directions of each parameter tensor with its bias by itself: as many numbers, ``rank`` directions for
-            every layer.
-        capacity: most directions over all tasks; default ``rank``. See :class:`~.forms.LowRank` for what is lost.
+        by_layer: directions of each weight with its bias by itself (of the path: the principal components of these
+            weights alone): as many numbers, ``rank`` directions for every layer.
+        capacity: most directions over all tasks; default: what ``rank`` gives for one. See :class:`~.forms.LowRank`
+            for what is lost.
         temperature: of the Gauss-Newton matrix, see :mod:`.curvature`. Above 1 the weights are its eigenvalues.
         window: rows of the run that count, as in :func:`thermograd.trajectory.pca`; default: all.
         options: ``anchors``, ``params``, ``samples``, ``seed``, see :class:`Constraint`.
@@ -96,7 +97,8 @@ class LandscapeConstraint(Constraint):
         if capacity is not None and not (isinstance(capacity, int) and capacity >= 1):
             raise InputError(f"capacity is {capacity!r}", expected="a whole number >= 1")
         self.weights, self.rank, self.coverage = weights, rank, coverage
-        self.by_layer, self.capacity, self.window = by_layer, capacity or rank, window
+        self.by_layer, self.window = by_layer, window
+        self.capacity = capacity or rank * len(self.directions)
         self.temperature = check_temperature(temperature)
         if self.temperature > 1 and weights == "flatness":
             raise InputError(
@@ -111,21 +113,22 @@ class LandscapeConstraint(Constraint):
                 expected="fit(..., run=path): a recorded run, or its weights as an array [T, P]",
                 remedy="record the end of the task's training, or take directions='gauss_newton'",
             )
-        curvature = self._curvature(problem, index)
         if not self.by_layer:
-            return self._low_rank(problem, index, curvature, run, torch.arange(problem.P))
-        if run is not None:
-            raise InputError("a run with by_layer=True", expected="directions of each layer from its eigenvectors")
+            return self._low_rank(problem, index, run, self.window, torch.arange(problem.P))
+        path = None if run is None else select(run, self.window, minimum=4).theta  # [T, P]
+        if path is not None:
+            _check_path(path.shape[1], problem.P)
         layout = Layout(dict(problem.shapes))
         parts: dict[str, tuple[Tensor, Form]] = {}
         for names in _layers(problem.names):
             at = layout.positions(names)
-            parts[names[0]] = at, self._low_rank(problem, index, landscape.sub_block(curvature, at), None, at)
+            parts[names[0]] = at, self._low_rank(problem, index, None if path is None else path[:, at], None, at)
         return Blocks(problem.P, parts)
 
-    def _low_rank(self, problem: Problem, index: Tensor, curvature: Any, run: Any, at: Tensor) -> LowRank:
-        """The form on the weights at some positions [p], with their own curvature (p, p)."""
-        vectors, values = self._directions(problem, index, curvature, run)
+    def _low_rank(self, problem: Problem, index: Tensor, run: Any, window: Any, at: Tensor) -> LowRank:
+        """The form on the weights at some positions [p], with their own curvature (p, p) and path."""
+        curvature = self._operator(problem, index, self._curvature, at)
+        vectors, values = self._directions(problem, index, curvature, run, window, at)
         if self.coverage is not None:
             needed = self.coverage * float(landscape.trace(curvature).value)
             enough = int((values.clamp_min(0).cumsum(0) < needed).sum()) + 1
@@ -134,48 +137,46 @@ class LandscapeConstraint(Constraint):
             whole = vectors.new_zeros(problem.P, vectors.shape[1])
             whole[at] = vectors
             values = self._from_flatness(problem, index, whole)
-        return LowRank(vectors, values.clamp_min(0), vectors.T @ problem.theta[at], self.capacity)
+        values = values.clamp_min(0)
+        kept = values.argsort(descending=True, stable=True)[: self.capacity].sort().values
+        vectors, values = vectors[:, kept], values[kept]
+        return LowRank(vectors, values, vectors.T @ problem.theta[at], self.capacity)
 
-    def _curvature(self, problem: Problem, index: Tensor) -> Any:
-        if self.directions == ("gauss_newton",) or self.temperature > 1:
-            return landscape.gauss_newton(tempered(problem, self.temperature), index=index)
-        return landscape.hessian(problem, index=index)
+    @property
+    def _curvature(self) -> Source:
+        """Of which matrix the curvatures along the directions are."""
+        return "gauss_newton" if self.directions == ("gauss_newton",) or self.temperature > 1 else "hessian"
 
-    def _directions(self, problem: Problem, index: Tensor, curvature: Any, run: Any) -> tuple[Tensor, Tensor]:
-        """Orthonormal directions [p, k] and the curvatures along them [k], the largest first."""
-        rank = min(self.rank, curvature.shape[0])
-        if self.directions in (("hessian",), ("gauss_newton",)):
-            pairs = landscape.eigenpairs(curvature, k=rank, tol=_TOLERANCE, seed=self.seed)
-            return pairs.eigenvectors, pairs.eigenvalues
+    def _operator(self, problem: Problem, index: Tensor, source: Source, at: Tensor) -> Any:
+        """The Hessian or the Gauss-Newton matrix of the weights at some positions [p]."""
+        whole: Any
+        if source == "gauss_newton":
+            whole = landscape.gauss_newton(tempered(problem, self.temperature), index=index)
+        else:
+            whole = landscape.hessian(problem, index=index)
+        return whole if len(at) == problem.P else landscape.sub_block(whole, at)
+
+    def _directions(
+        self, problem: Problem, index: Tensor, curvature: Any, run: Any, window: Any, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Orthonormal directions [p, k] and the curvatures along them [k]; the largest first, but for a path's own."""
+        rank = min(self.rank, len(at))
         found = []
         for source in self.directions:
             if source == "trajectory":
-                found.append(self._principal(problem, run))
+                found.append(_principal(problem, run, window, rank, len(at)))
                 continue
-            operator: Any = landscape.hessian(problem, index=index)
-            if source == "gauss_newton":
-                operator = landscape.gauss_newton(tempered(problem, self.temperature), index=index)
-            found.append(landscape.eigenpairs(operator, k=rank, tol=_TOLERANCE, seed=self.seed).eigenvectors)
-        if len(found) == 1:  # principal components keep their own axes, as published
-            basis = found[0]
-            values = (basis * (curvature @ basis)).sum(0)
-            return basis, values
+            operator = curvature if source == self._curvature else self._operator(problem, index, source, at)
+            pairs = landscape.eigenpairs(operator, k=rank, tol=_TOLERANCE, seed=self.seed)
+            if self.directions == (self._curvature,):
+                return pairs.eigenvectors, pairs.eigenvalues
+            found.append(pairs.eigenvectors)
+        if len(found) == 1:  # keep their own axes, as published
+            return found[0], _along(found[0], curvature)
         basis = torch.linalg.qr(torch.cat(found, dim=1)).Q
         inside = basis.T @ (curvature @ basis)
         values, turn = torch.linalg.eigh((inside + inside.T) / 2)
         return basis @ turn.flip(1), values.flip(0)
-
-    def _principal(self, problem: Problem, run: Any) -> Tensor:
-        directions = pca(run, self.window, held_out=False, n=min(self.rank, problem.P)).directions
-        if directions.shape[0] != problem.P:
-            raise InputError(
-                f"the run has {directions.shape[0]} weights and the task's problem {problem.P}",
-                expected="a run of the same parameters, in the same order",
-                remedy="choose them alike: params=... in the constraint, Layer or training.record in the recording",
-            )
-        if directions.shape[1] == 0:
-            raise TooShortError("the run does not move", expected="a recorded path")
-        return directions.to(problem.device, problem.dtype)
 
     def _from_flatness(self, problem: Problem, index: Tensor, vectors: Tensor) -> Tensor:
         """The curvature that each width stands for, 0 where the loss does not rise on both sides."""
@@ -207,12 +208,36 @@ class RandomDirections(LandscapeConstraint):
 
     name: ClassVar[str] = "random"
 
-    def _directions(self, problem: Problem, index: Tensor, curvature: Any, run: Any) -> tuple[Tensor, Tensor]:
+    def _directions(
+        self, problem: Problem, index: Tensor, curvature: Any, run: Any, window: Any, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(self.seed + self.tasks)
-        size = curvature.shape[0]
-        drawn = torch.randn(size, min(self.rank, size), generator=random, dtype=torch.float64)
+        drawn = torch.randn(len(at), min(self.rank, len(at)), generator=random, dtype=torch.float64)
         basis = torch.linalg.qr(drawn).Q.to(problem.device, problem.dtype)
-        return basis, (basis * (curvature @ basis)).sum(0)
+        return basis, _along(basis, curvature)
+
+
+def _along(basis: Tensor, curvature: Any) -> Tensor:
+    """Curvatures along the columns of a basis, [k]."""
+    return (basis * (curvature @ basis)).sum(0)
+
+
+def _principal(problem: Problem, run: Any, window: Any, rank: int, size: int) -> Tensor:
+    """The leading principal directions of a path, [size, k]."""
+    directions = pca(run, window, held_out=False, n=rank).directions
+    _check_path(directions.shape[0], size)
+    if directions.shape[1] == 0:
+        raise TooShortError("the run does not move", expected="a recorded path")
+    return directions.to(problem.device, problem.dtype)
+
+
+def _check_path(found: int, expected: int) -> None:
+    if found != expected:
+        raise InputError(
+            f"the run has {found} weights and the task's problem {expected}",
+            expected="a run of the same parameters, in the same order",
+            remedy="choose them alike: params=... in the constraint, Layer or training.record in the recording",
+        )
 
 
 def _layers(names: list[str]) -> list[list[str]]:

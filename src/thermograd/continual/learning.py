@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +24,9 @@ from .settings import LearningSettings, NetworkSettings, Settings
 from .streams import Pair, Stream
 from .synaptic import SynapticIntelligence
 
-__all__ = ["Cell", "constraint_of", "learn"]
+__all__ = ["Cell", "constraint_of", "learn", "path_rows"]
 
-_CLASSES: dict[str, Callable[..., Constraint]] = {
+_CLASSES: dict[str, type[Constraint]] = {
     "l2": L2ToAnchor,
     "ewc": EWC,
     "synaptic_intelligence": SynapticIntelligence,
@@ -33,6 +34,8 @@ _CLASSES: dict[str, Callable[..., Constraint]] = {
     "landscape": LandscapeConstraint,
     "layer_landscape": LayerLandscape,
 }
+_SET_BY_COMPARISON = ("self", "strength", "options", "params", "seed")  # every method holds all weights
+_FEWEST_ROWS = 4  # of a path that has principal components
 _EVALUATED = 2000  # samples that pass through the network at once
 
 
@@ -48,6 +51,8 @@ class Cell:
         fit_seconds: time spent measuring finished tasks.
         hold_seconds: time spent in proximal steps.
         train_seconds: time of all else that training takes.
+
+    A run whose weights stopped being finite is a cell with no weights.
     """
 
     test: list[list[float]] = field(default_factory=list)
@@ -57,6 +62,11 @@ class Cell:
     fit_seconds: float = 0.0
     hold_seconds: float = 0.0
     train_seconds: float = 0.0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its weights stopped being finite."""
+        return self.weights == 0
 
 
 class _Network(nn.Module):
@@ -96,10 +106,42 @@ def constraint_of(kind: str, strength: float, options: dict[str, Any], samples: 
     """
     if kind in ("none", "joint"):
         return L2ToAnchor(0.0)
+    makers = (_CLASSES[kind].__init__, Constraint.__init__) + ((LandscapeConstraint.__init__,) * (kind == "random"))
+    known = {name for make in makers for name in inspect.signature(make).parameters} - {*_SET_BY_COMPARISON}
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            guess = f" (did you mean {close[0]!r}?)" if close else ""
+            raise InputError(
+                f"{kind} has no option {name!r} here{guess}", expected=f"one of {', '.join(sorted(known))}"
+            )
     try:
         return _CLASSES[kind](strength, **{"samples": samples, "seed": seed, **options})
-    except TypeError as error:
-        raise InputError(f"{kind}: {error}", expected="options that the constraint takes") from None
+    except TypeError as error:  # a value that cannot even be compared
+        raise InputError(f"an option of {kind} has a value of another type: {error}") from None
+
+
+def path_rows(constraint: Constraint, stream: Stream, training: LearningSettings) -> int:
+    """How many of the last steps of a task are recorded for a constraint that takes directions from the path.
+
+    Raises:
+        InputError: too few for principal components.
+    """
+    if not _takes_path(constraint):
+        return 0
+    shortest = min(len(task.train[0]) for task in stream.tasks)
+    rows = min(training.path_steps, training.epochs * -(-shortest // training.batch_size))
+    if rows < _FEWEST_ROWS:
+        raise InputError(
+            f"the path of a task has {rows} steps",
+            expected=f"{_FEWEST_ROWS} or more for directions from the trajectory",
+            remedy="train for more epochs, on more samples or with smaller batches",
+        )
+    return rows
+
+
+def _takes_path(constraint: Constraint) -> bool:
+    return isinstance(constraint, LandscapeConstraint) and "trajectory" in constraint.directions
 
 
 def learn(stream: Stream, settings: Settings, kind: str, strength: float, options: dict[str, Any], seed: int) -> Cell:
@@ -146,7 +188,7 @@ def _train(
     loss = nn.CrossEntropyLoss()
     sizes = [len(part[0]) for part, _ in parts]
     batches = _batches(sizes, training, random)
-    wants_path = isinstance(constraint, LandscapeConstraint) and "trajectory" in constraint.directions
+    wants_path = _takes_path(constraint)
     path: list[np.ndarray] = []
     watching = constraint.watch(model, optimizer) if isinstance(constraint, SynapticIntelligence) else nullcontext()
     began, held = time.perf_counter(), 0.0

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, NonFiniteError
+from ..errors import DivergedError, InputError, NonFiniteError
 from ..progress import bar
 from .comparison import Comparison, Trial, compare
-from .learning import Cell, constraint_of, learn
+from .learning import Cell, constraint_of, learn, path_rows
 from .settings import MethodSettings, Settings, load
 from .streams import Stream, stream
 
@@ -83,6 +83,8 @@ class _Bench:
 
     def __init__(self, settings: Settings, folder: Path | None, fresh: bool):
         self.settings, self.folder, self.fresh = settings, folder, fresh
+        if folder is not None:
+            _make(folder / "cells")
         part = settings.stream
         self.stream: Stream = stream(
             part.data, part.scenario, part.tasks, folder=part.folder, n=part.n, n_test=part.n_test,
@@ -91,7 +93,11 @@ class _Bench:
         self.choices = {name: _choices(name, method) for name, method in settings.methods.items()}
         for choices in self.choices.values():
             for choice in choices:  # refuse a bad option now, not after an hour
-                constraint_of(choice.kind, choice.strength, choice.arguments, None, 0)
+                path_rows(
+                    constraint_of(choice.kind, choice.strength, choice.arguments, None, 0),
+                    self.stream,
+                    settings.training,
+                )
         kept = settings.model_dump(
             exclude={"methods": True, "protocol": {"seeds", "selection_seeds", "seed", "baseline", "out"}}
         )
@@ -127,6 +133,11 @@ class _Bench:
                 for seed in seeds:
                     reported[name].append(self.cell(choice, seed))
                     progress.advance(1, f"{name}, seeds that count")
+        if all(cell.diverged for cells in reported.values() for cell in cells):
+            raise DivergedError(
+                "the weights stopped being finite in every run",
+                remedy=f"lower training.lr = {self.settings.training.lr:g}",
+            )
         at_edge = {name: _at_edge(chosen[name], self.choices[name]) for name in chosen}
         described = {name: _described(choice) for name, choice in chosen.items()}
         return compare(reported, described, at_edge, trials, seeds, protocol.baseline, self.title)
@@ -140,15 +151,15 @@ class _Bench:
     def cell(self, choice: Choice, seed: int) -> Cell:
         """One run, from its file where there is one."""
         path = self._path(choice, seed)
-        if path is not None and path.exists() and not self.fresh:
-            return Cell(**json.loads(path.read_text(encoding="utf-8")))
+        kept = None if path is None or self.fresh else _kept(path)
+        if kept is not None:
+            return kept
         try:
             cell = learn(self.stream, self.settings, choice.kind, choice.strength, choice.arguments, seed)
         except NonFiniteError:  # a setting that diverges is one that is not chosen
             empty = [[0.0] * len(self.stream.tasks) for _ in self.stream.tasks]
             cell = Cell(test=empty, validation=empty)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_suffix(".new")
             new.write_text(json.dumps(asdict(cell)), encoding="utf-8")
             os.replace(new, path)
@@ -160,6 +171,24 @@ class _Bench:
         plain = [choice.kind, choice.strength, [[k, repr(v)] for k, v in choice.options], seed]
         digest = hashlib.sha256((self.common + json.dumps(plain)).encode()).hexdigest()[:16]
         return self.folder / "cells" / f"{choice.kind}-{choice.strength:g}-{seed}-{digest}.json"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"results cannot be kept in {folder.parent}: {error.strerror or error}",
+            expected="a folder, or a place where one can be made",
+        ) from None
+
+
+def _kept(path: Path) -> Cell | None:
+    """The cell in a file; None where there is none, or none that can be read."""
+    try:
+        return Cell(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def _choices(name: str, method: MethodSettings) -> list[Choice]:

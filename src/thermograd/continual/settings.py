@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,7 +34,9 @@ class NetworkSettings(Section):
     """``[network]``: trained from the first task on; all its weights are trainable in every task."""
 
     name: Literal["mlp", "small_cnn"] = Field(default="mlp", description="mlp or small_cnn")
-    widths: list[int] = Field(default=[50, 50], description="widths of the hidden layers or channels")
+    widths: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[50, 50], description="widths of the hidden layers or channels"
+    )
     activation: str = Field(default="relu", description="relu, tanh or gelu")
 
 
@@ -117,6 +119,11 @@ class Settings(Root):
                 raise ValueError(f"methods.{name} is of kind {method.kind}, which has nothing to choose")
             if method.kind not in _PLAIN and not method.strengths:
                 raise ValueError(f"methods.{name} needs strengths to choose from")
+            if both := sorted(set(method.options) & set(method.grid)):
+                raise ValueError(f"methods.{name} has {both[0]} in its options and in its grid; keep one of them")
+        baseline = self.protocol.baseline
+        if "baseline" in self.protocol.model_fields_set and baseline not in self.methods:
+            raise ValueError(f"protocol.baseline is {baseline!r}, no method; expected one of {', '.join(self.methods)}")
         return self
 
 
