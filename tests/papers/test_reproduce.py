@@ -51,6 +51,16 @@ def test_what_is_not_finite_is_no_result():
         between_seeds([1.0])
 
 
+def test_many_numbered_curves_share_an_entry():
+    def named(count):
+        curves = [Series(f"run {i + 1}", [1, 2], [1, 2]) for i in range(count)]
+        legend = Panel("t", "x", "y", (*curves, Series("N", [1, 2], [1, 2], style="line"))).plot().get_legend()
+        return [text.get_text() for text in legend.get_texts()]
+
+    assert named(15) == ["run 1 to 15", "N"]
+    assert named(3) == ["run 1", "run 2", "run 3", "N"]
+
+
 def _item(run):
     return Item("test/one", "a paper", "title", "statement", "none", "a second", "a second", run)
 

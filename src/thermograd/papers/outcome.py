@@ -146,6 +146,7 @@ class Panel:
                 axis.set_minor_formatter("")
         _frame(ax, [value for curve in self.series if curve.style == "points" for value in curve.y])
         drawn.pop("", None)
+        drawn = _together(drawn)
         if drawn:
             many = len(drawn) > 5
             ax.legend(drawn.values(), drawn, frameon=False, fontsize="x-small" if many else "small")
@@ -156,6 +157,9 @@ def _frame(ax: Axes, measured: Sequence[float]) -> None:
     """Keep what was measured in sight of lines that leave it by decades; plain numbers along less than a decade."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
+    if ax.get_xscale() == "linear":  # few enough that none has to be left out for running into its neighbour
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
     positive = [value for value in measured if value > 0]
     if ax.get_yscale() == "log" and positive:
         low, high = ax.get_ylim()
@@ -165,6 +169,25 @@ def _frame(ax: Axes, measured: Sequence[float]) -> None:
             axis.set_major_locator(MaxNLocator(5))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter("{x:g}")
+
+
+def _together(drawn: dict[str, Any]) -> dict[str, Any]:
+    """One entry in place of more than six numbered ones, "run 1 to 15", which nobody tells apart."""
+    numbered: dict[str, list[str]] = {}
+    for label in drawn:
+        kind, _, number = label.rpartition(" ")
+        if kind and number.isdigit():
+            numbered.setdefault(kind, []).append(label)
+    entries = dict(drawn)
+    for labels in numbered.values():
+        if len(labels) > 6:
+            last = labels[-1].rpartition(" ")[2]
+            entries = {
+                f"{name} to {last}" if name == labels[0] else name: mark
+                for name, mark in entries.items()
+                if name not in labels[1:]
+            }
+    return entries
 
 
 @dataclass(frozen=True)
