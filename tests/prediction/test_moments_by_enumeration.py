@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import thermograd as tg
-from thermograd.errors import InputError, NotAvailableError
-from thermograd.prediction.moments import block_moments, epoch_batches
+from thermograd.errors import InputError, NotAvailableError, UnstableError
+from thermograd.prediction.moments import block_moments, epoch_batches, epoch_profile
 from thermograd.theory import limiting
 from thermograd.theory import sampling as schemes
 
@@ -94,3 +94,65 @@ def test_impossible_blocks_and_schemes_are_refused():
             block_moments(sgd, [1.0], [1.0], edges)
     with pytest.raises(NotAvailableError, match="order"):
         block_moments(sgd.replace(sampling="shuffle-once"), [1.0], [1.0], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("sgd", "drop_last"),
+    [
+        (tg.SGD(lr=0.1, momentum=0.9, batch_size=7, dataset_size=30, weight_decay=0.01), False),
+        (tg.SGD(lr=0.1, momentum=0.9, batch_size=7, dataset_size=30, weight_decay=0.01), True),
+        (tg.SGD(lr=0.1, momentum=0.5, batch_size=10, dataset_size=30, nesterov=True), False),
+        (tg.SGD(lr=0.2, momentum=0.3, dampening=0.2, batch_size=7, dataset_size=30, sampling="replacement"), False),
+    ],
+)
+def test_the_profile_of_an_epoch_is_what_the_recursion_settles_to(sgd, drop_last):
+    h, noise, white = np.array([0.1, 1.0, 5.0]), np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.5])
+    profile = epoch_profile(sgd, h, noise, white=white, drop_last=drop_last)
+    batches = len(epoch_batches(sgd, drop_last=drop_last))
+    assert profile.shape == (batches, 3)
+    first = 3000 * batches  # the recursion stops looking at single steps where its epochs repeat to 1e-9
+    walked = [
+        block_moments(sgd, h[i : i + 1], noise[i], first + np.arange(batches + 1), white=white[i], drop_last=drop_last,
+                      position=0.3).position[:, 0]
+        for i in range(3)
+    ]  # fmt: skip
+    anew = sgd.replace(sampling="replacement")
+    mean = schemes.weight_variance(sgd, h, noise * sgd.minibatch_factor, drop_last=drop_last)
+    if batches == 1:
+        np.testing.assert_allclose(profile[0], np.transpose(walked)[0], rtol=1e-6)
+    np.testing.assert_allclose(np.mean(walked, axis=1), profile.mean(0), rtol=1e-6)
+    without = epoch_profile(sgd, h, noise, drop_last=drop_last).mean(0)
+    np.testing.assert_allclose(without, mean, rtol=1e-9)
+    if (not drop_last and sgd.dataset_size % sgd.batch_size == 0) or sgd.sampling == "replacement":
+        added = schemes.weight_variance(anew, h, white * sgd.minibatch_factor)
+        np.testing.assert_allclose(profile.mean(0), mean + added, rtol=1e-9)
+
+
+def test_within_an_epoch_the_profile_is_that_of_every_order():
+    values = np.array([1.0, -0.3, 0.4, -1.1])
+    sgd = tg.SGD(lr=0.3, momentum=0.2, batch_size=1, dataset_size=4)
+    orders, theta = list(itertools.permutations(range(4))), {(0.0, 0.0): 1.0}
+    for _ in range(3):  # epochs; the start is forgotten by (0.7)^12
+        squares, after = np.zeros(4), {}
+        for (place, buffer), weight in theta.items():
+            for order in orders:
+                t, u = place, buffer
+                for k, i in enumerate(order):
+                    u = 0.2 * u + t + values[i]
+                    t = t - 0.3 * u
+                    squares[k] += weight * t * t / len(orders)
+                key = (round(t, 9), round(u, 9))
+                after[key] = after.get(key, 0.0) + weight / len(orders)
+        theta = after
+    found = epoch_profile(sgd, [1.0], [(values**2).mean()])[:, 0]
+    np.testing.assert_allclose(found, squares, rtol=1e-2)
+    assert squares[1] > 1.5 * squares[3]
+
+
+def test_modes_without_a_stationary_state_have_no_profile():
+    sgd = tg.SGD(lr=1.0, batch_size=2, dataset_size=10)
+    for curvature in (0.0, 2.5):
+        with pytest.raises(UnstableError, match="no stationary state"):
+            epoch_profile(sgd, [curvature], [1.0])
+    with pytest.raises(NotAvailableError, match="order"):
+        epoch_profile(sgd.replace(sampling="shuffle-once"), [1.0], [1.0])
