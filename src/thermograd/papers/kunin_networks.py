@@ -184,12 +184,12 @@ def _cloud_panel(one: dict[str, _Array], modes: int) -> Panel:
     narrow = 1 / np.sqrt(one["h"][[0, -1]])  # semi-axes of the loss, scaled to the same area
     narrow *= np.sqrt(spread.prod() / narrow.prod())
     angle = np.linspace(0, 2 * np.pi, 181)
-    circle = np.stack([np.cos(angle), np.sin(angle)])
+    x, y = np.cos(angle), np.sin(angle)
     return Panel(
         f"Positions along eigenvectors 1 and {modes}", "along eigenvector 1", f"along eigenvector {modes}",
-        (Series("SGD", *one["cloud"].T, colour=0),
-         Series("modified loss, 2σ", *(spread[:, None] * circle), None, "line", 1),
-         Series("loss, same area", *(narrow[:, None] * circle), None, "dashed", 2)),
+        (Series("SGD", one["cloud"][:, 0], one["cloud"][:, 1], colour=0),
+         Series("modified loss, 2σ", spread[0] * x, spread[1] * y, None, "line", 1),
+         Series("loss, same area", narrow[0] * x, narrow[1] * y, None, "dashed", 2)),
     )  # fmt: skip
 
 
