@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..coupling import refuse_coupling
 from ..errors import InputError, ModelError, StoreError, ThermogradWarning
 from ..hyperparameters import SGD, Sampling
-from ..problem import refuse_coupling
 from .backward import BackwardListener
 from .equilibration import WatchesEquilibrium
 from .interrupts import HeldInterrupt
