@@ -316,7 +316,10 @@ def reproduce(
         _say(f"Report: [bold]{escape(str(target))}[/] (one file; open it in a browser)")
 
 
-@app.command(epilog="Example: thermograd continual examples/continual_digits.toml")
+@app.command(
+    epilog="Examples: thermograd continual examples/continual_short.toml;  "
+    "thermograd continual mine.toml --out runs/mine.  The keys of a configuration: docs/continual.md."
+)
 @_explained
 def continual(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration in TOML.")],

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Trial", "compare", "mean_interval", "paired"]
 
+_LEGEND_INSIDE = 8  # so many methods have room in the axes
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -164,7 +166,7 @@ class Comparison(Measurement):
         curves: dict[tuple[str, str], list[Trial]] = {}
         for trial in self.trials:
             curves.setdefault((trial.method, trial.options), []).append(trial)
-        colours = {str(name): f"C{i % 10}" for i, name in enumerate(self.method)}
+        looks = {str(name): (f"C{i % 10}", "os^D"[i // 10 % 4]) for i, name in enumerate(self.method)}
         named: set[str] = set()
         for (name, _), trials in curves.items():
             old, new = ([mean_interval(getattr(t, f"{w}_error")) for t in trials] for w in ("old", "new"))
@@ -172,7 +174,7 @@ class Comparison(Measurement):
             named.add(name)
             ax.errorbar(
                 [o[0] for o in old], [n[0] for n in new], [_bar(n[1]) for n in new], [_bar(o[1]) for o in old],
-                fmt="o-", ms=3, lw=1, elinewidth=0.5, color=colours[name], label=label,
+                fmt="-", color=looks[name][0], marker=looks[name][1], ms=3, lw=1, elinewidth=0.5, label=label,
             )  # fmt: skip
         for i, name in enumerate(self.method):
             if str(name) not in named:  # methods with nothing to choose: one point
@@ -186,7 +188,10 @@ class Comparison(Measurement):
         top = min(1.0, 1.1 * max([0.05, *points, float(1 - self.accuracy[:, :, -1].min())]))
         ax.set(xlim=(0, top), ylim=(0, top))
         ax.set_title(self.title, fontsize="medium")
-        ax.legend(frameon=False, fontsize="x-small")
+        many: dict[str, Any] = (
+            {"bbox_to_anchor": (1.0, 1.0), "loc": "upper left"} if len(self.method) > _LEGEND_INSIDE else {}
+        )
+        ax.legend(frameon=False, fontsize="x-small", **many)
         return ax
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -197,7 +202,7 @@ class Comparison(Measurement):
         (place / "table.md").write_text(self.to_markdown(), encoding="utf-8")
         self.to_xarray().to_netcdf(place / "comparison.nc", engine="scipy")
         figure = self.plot().figure
-        figure.savefig(place / "figure.svg")  # type: ignore[union-attr]
+        figure.savefig(place / "figure.svg", bbox_inches="tight")  # type: ignore[union-attr]
 
 
 def compare(
