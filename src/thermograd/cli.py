@@ -341,7 +341,12 @@ def continual(
     except KeyboardInterrupt:
         again = f"{_program()} continual {config}" + (f" --out {out_folder}" if out_folder else "")
         raise KeyboardInterrupt(f"Interrupted; finished runs are kept. Go on with: {again}") from None
-    out.print(_table(f"{found.title}, {len(found.seed)} seeds", found.columns, found.rows()))
+    rows = found.rows()
+    out.print(_table(f"{found.title}, {len(found.seed)} seeds", found.columns[:-1], [row[:-1] for row in rows]))
+    _say("Chosen on validation data:")
+    for row in rows:
+        if row[-1]:
+            _say(f"  {escape(row[0])}: {escape(row[-1])}")
     _say("± is half a 95 % interval over seeds; p is of a paired t test; memory and times are one run's.")
     _say(f"Table, figure, JSON and data set: [bold]{escape(str(folder))}[/]")
 

@@ -323,7 +323,7 @@ def test_the_command(tmp_path: Path) -> None:
     )
     result = CliRunner().invoke(app, ["continual", str(config), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "ewc" in result.output
+    assert "  ewc: strength=1" in result.output
     assert (tmp_path / "out" / "table.md").is_file()
     config.write_text(config.read_text().replace("domain", "donain"))
     result = CliRunner().invoke(app, ["continual", str(config)])
