@@ -12,7 +12,7 @@ from rich.table import Table
 from .errors import StoreError
 from .prediction import Predictions, advise
 from .prediction import predict as predict_measured
-from .prediction.show import columns, flags, heading, number, rows
+from .prediction.show import columns, flags, heading, number, raised, rows
 from .prediction.show import sweep as sweep_of
 from .prediction.validation import Validation, load
 from .report import prediction_html
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["kept_page", "predict_and_show", "validate_and_show"]
 
 _SIDE_BY_SIDE = 4  # settings shown as columns
+_LABEL, _COLUMN = 46, 18  # characters that the labels and a setting take
 
 
 def predict_and_show(
@@ -37,15 +38,16 @@ def predict_and_show(
     settings = columns(found)
     console.print()
     if len(settings) <= _SIDE_BY_SIDE:
-        console.print(_columns_table(settings))
+        fit = max(1, (console.width - _LABEL) // _COLUMN)
+        for start in range(0, len(settings), fit):
+            console.print(_columns_table(settings[start : start + fit]))
     else:
         console.print(_rows_table(settings))
-    for one in settings:
-        for sentence in flags(one):
-            console.print(f"[yellow]Flag[/] ({heading(one)}): {sentence}", highlight=False)
+    for names, sentence in raised(settings):
+        console.print(f"[yellow]Flag[/] ({names}): {sentence}", highlight=False)
     console.print(
-        f"Excess is over {number(found.attrs['bottom'])}, what noise-free descent reaches in {found.attrs['steps']} "
-        f"steps; the run itself: {number(found.attrs['run_loss'])}.",
+        f"Excess is over {found.attrs['bottom']:.5g}, what noise-free descent reaches in {found.attrs['steps']} "
+        f"steps; the run itself: {found.attrs['run_loss']:.5g}.",
         highlight=False,
     )
     if budget is not None:

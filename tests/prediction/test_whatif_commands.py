@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import thermograd as tg
@@ -15,6 +17,7 @@ from thermograd import cli
 from thermograd.prediction import advise
 from thermograd.training import train
 from thermograd.whatif import measured_run
+from thermograd.whatif_show import predict_and_show
 
 CONFIG = """
 [model]
@@ -73,6 +76,21 @@ def test_maps_and_many_settings(folder: Path) -> None:
     page = (folder / "predict.html").read_text()
     assert page.count("<svg") >= 3
     assert "Map of the excess loss" in page
+    assert page.count('href="data:image/png;base64,') == page.count("<image ") >= 1  # the colour bars
+
+
+def test_each_flag_is_told_once_and_narrow_terminals_stack_the_settings(folder: Path) -> None:
+    rates = [part for rate in (0.01, 0.02, 0.03) for part in ("--lr", str(rate))]
+    result = CliRunner().invoke(cli.app, ["predict", str(folder), "--steps", "100", *rates], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    flagged = [line for line in result.output.splitlines() if line.startswith("Flag (")]
+    assert len(flagged) == len(set(flagged)) > 0
+    assert any(line.startswith("Flag (all settings): flat modes") for line in flagged)
+    text = io.StringIO()
+    predict_and_show(Console(width=80, file=text), folder, {"lr": [0.01, 0.02]}, steps=100, sweep=False, budget=None)
+    lines = text.getvalue().splitlines()
+    assert sum(line.strip().startswith("mean loss (with weight decay)") for line in lines) == 2
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_validate_freezes_trains_resumes_and_shows(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import re
 import xml.etree.ElementTree as ET
@@ -75,6 +76,21 @@ def test_ids_carry_their_prefix() -> None:
     assert ids[0]
     assert not ids[0] & ids[1]
     assert set(re.findall(r"#(a-[\w-]+)", one)) == ids[0]
+
+
+def test_an_image_in_a_figure_keeps_its_data() -> None:
+    class Coloured:
+        def plot(self, ax: Axes | None = None) -> Axes:
+            assert ax is not None
+            ax.figure.colorbar(ax.pcolormesh(np.arange(4.0).reshape(2, 2)), ax=ax)
+            return ax
+
+    found = re.findall(r'href="([^"]*)"', inline_svg(Coloured(), "map-", "A map."))
+    images = [target for target in found if not target.startswith("#map-")]
+    assert len(images) == 1
+    kind, data = images[0].split(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode("".join(data.split())).startswith(b"\x89PNG")
 
 
 def test_many_points_stay_small() -> None:

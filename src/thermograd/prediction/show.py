@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-__all__ = ["Map", "columns", "maps", "rows", "sweep"]
+__all__ = ["Map", "columns", "flags", "heading", "maps", "number", "raised", "rows", "sweep"]
 
 _ROWS = (
     ("loss", "mean loss (with weight decay)"),
@@ -93,6 +93,18 @@ def flags(one: xarray.Dataset) -> list[str]:
     """The flags of one setting, a sentence each."""
     text = str(one["flags"].values)
     return text.split("; ") if text else []
+
+
+def raised(settings: list[xarray.Dataset]) -> list[tuple[str, str]]:
+    """Each flag that is up in some setting, once: which settings, and the sentence."""
+    where: dict[str, list[str]] = {}
+    for one in settings:
+        for sentence in flags(one):
+            where.setdefault(sentence, []).append(heading(one))
+    return [
+        ("all settings" if len(names) == len(settings) > 1 else "; ".join(names), sentence)
+        for sentence, names in where.items()
+    ]
 
 
 def sweep(ready: Predictions) -> xarray.Dataset:

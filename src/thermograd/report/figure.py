@@ -238,7 +238,7 @@ def _clean_element(element: ET.Element, prefix: str, referenced: set[str]) -> No
             if value not in referenced:
                 continue
             value = prefix + value
-        elif name == "href":
+        elif name == "href" and value.startswith("#"):  # an image (a colour bar) carries its data here
             value = f"#{prefix}{value[1:]}"
         elif name in ("d", "x", "y", "transform"):
             value = _round(value)

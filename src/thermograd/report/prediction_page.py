@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ..prediction.show import columns, flags, heading, maps, number, rows
+from ..prediction.show import columns, heading, maps, number, raised, rows
 from ..prediction.validation import Validation
 from .figure import inline_svg
 from .page import _render, _write, fact_rows
@@ -50,7 +50,7 @@ def render_prediction(
         facts=fact_rows({_NAMES[name]: found.attrs[name] for name in _FACTS}),
         headings=[heading(one) for one in settings],
         table=_side_by_side([rows(one) for one in settings]),
-        flags=[(heading(one), flags(one)) for one in settings if flags(one)],
+        flags=raised(settings),
         figures=figures,
         checked=_checked(validation) if validation is not None else None,
     )
