@@ -312,7 +312,7 @@ def reproduce(
     if page:
         from .papers import write_gallery
 
-        target = write_gallery(found, out_folder / "report", command=shlex.join(again))
+        target = write_gallery(found, out_folder / "report", command=shlex.join(["thermograd", *again[1:]]))
         _say(f"Report: [bold]{escape(str(target))}[/] (one file; open it in a browser)")
 
 
