@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,13 @@ from thermograd.continual import (
     SynapticIntelligence,
 )
 from thermograd.continual.curvature import output_scores, tempered
-from thermograd.errors import InputError, ModelError, NonFiniteError, StoreError
+from thermograd.errors import InputError, ModelError, NonFiniteError, StoreError, ThermogradWarning
+from thermograd.landscape.displaced import DisplacedLosses
+from thermograd.landscape.krylov import Krylov
 
 Data = tuple[Tensor, Tensor]
 LOSS = nn.CrossEntropyLoss()
+LINES = importlib.import_module("thermograd.landscape.flatness")._Lines  # the package has a function of that name
 MAKERS: list[Any] = [
     lambda **o: EWC(**o),
     lambda **o: L2ToAnchor(**o),
@@ -344,6 +349,51 @@ def test_an_interrupted_fit_leaves_what_there_was(
     with pytest.raises(KeyboardInterrupt):
         constraint.fit(other, LOSS, blobs)
     assert (constraint.tasks, constraint.penalty(other).item()) == (1, before)
+
+
+@pytest.mark.parametrize("where", ["eigenvectors", "flatness"])
+def test_measurements_that_keep_what_they_have_are_interrupted_too(
+    network: nn.Module, blobs: Data, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They return a part and warn; half of the directions would be another constraint."""
+    constraint = LandscapeConstraint(rank=5).fit(network, LOSS, blobs)
+    other = moved(network)
+    before = constraint.penalty(other).item()
+    calls = 0
+
+    def interrupting(whole: Any) -> Any:
+        def called(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == (1 if where == "eigenvectors" else 2):
+                signal.raise_signal(signal.SIGINT)
+            return whole(*args, **options)
+
+        return called
+
+    if where == "eigenvectors":
+        monkeypatch.setattr("thermograd.landscape.spectrum._DENSE_OPERATOR", 10)  # no full matrix
+        monkeypatch.setattr(Krylov, "_step", interrupting(Krylov._step))
+    else:
+        monkeypatch.setattr(DisplacedLosses, "width", 2)  # one direction at a time
+        monkeypatch.setattr(LINES, "ends", interrupting(LINES.ends))
+    with pytest.raises(KeyboardInterrupt):
+        constraint.fit(other, LOSS, blobs)
+    assert (constraint.tasks, constraint.penalty(other).item()) == (1, before)
+
+
+def test_other_warnings_of_a_measurement_stay_warnings(
+    network: nn.Module, blobs: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = EWC._measure
+
+    def warning(*args: Any) -> Any:
+        warnings.warn("not interrupted", ThermogradWarning, stacklevel=1)
+        return whole(*args)
+
+    monkeypatch.setattr(EWC, "_measure", warning)
+    with pytest.warns(ThermogradWarning, match="not interrupted"):
+        assert EWC().fit(network, LOSS, blobs).tasks == 1
 
 
 def test_parameter_groups_with_rates_of_their_own(network: nn.Module, blobs: Data) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, NonFiniteError, StoreError
+from ..errors import InputError, NonFiniteError, StoreError, ThermogradWarning
 from ..problem import Problem
 from ..trajectory.interrupts import HeldInterrupt
 from .forms import Blocks, Diagonal, Form, LowRank, Rate
@@ -100,7 +101,8 @@ class Constraint(ABC):
         with self._as_problem(task) as problem:
             if not bool(torch.isfinite(problem.theta).all()):
                 raise NonFiniteError("the model's weights are not finite", remedy="lower the learning rate")
-            form = self._measure(problem, self._index(problem), **measured_on)
+            with _whole_or_not_at_all():
+                form = self._measure(problem, self._index(problem), **measured_on)
             self._held = self._with(Layout(dict(problem.shapes)), form, problem)
         return self
 
@@ -290,6 +292,19 @@ class Constraint(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(strength={self.strength:g}, tasks={self.tasks}, memory={self.memory})"
+
+
+@contextmanager
+def _whole_or_not_at_all() -> Iterator[None]:
+    """Measurements that return what they have after Ctrl-C and warn of it are interrupted here after all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "interrupted:", ThermogradWarning)
+        try:
+            yield
+        except ThermogradWarning as partial:
+            if not str(partial).startswith("interrupted:"):
+                raise
+            raise KeyboardInterrupt from None
 
 
 def form_from(state: Mapping[str, Any]) -> Form:
