@@ -18,11 +18,12 @@ import thermograd as tg
 from thermograd.cli import app
 from thermograd.continual import protocol
 from thermograd.continual.comparison import compare
-from thermograd.continual.learning import Cell, learn
+from thermograd.continual.learning import Cell, constraint_of, learn
 from thermograd.continual.settings import Settings
 from thermograd.continual.streams import stream
 from thermograd.errors import ConfigError, DivergedError, InputError, NonFiniteError
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL: dict[str, Any] = {
     "stream": {"data": "digits", "scenario": "domain", "tasks": 2, "n": 200},
     "network": {"widths": [12]},
@@ -315,6 +316,22 @@ def test_a_table_without_the_baseline_has_no_test() -> None:
     assert {len(row) for row in found.rows()} == {len(found.columns)}
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("continual_*.toml")), ids=lambda path: path.stem)
+def test_examples_are_in_order(path: Path) -> None:
+    """Every key and every option of every method; the data are not needed for that."""
+    found = tg.continual.load(path)
+    for name, method in found.methods.items():
+        for choice in protocol._choices(name, method):
+            constraint_of(choice.kind, choice.strength, choice.arguments, None, 0)
+    assert found.protocol.baseline in found.methods
+    assert found.protocol.seeds >= 5
+
+
+def test_there_is_an_example_of_every_scenario() -> None:
+    scenarios = {tg.continual.load(path).stream.scenario for path in EXAMPLES.glob("continual_*.toml")}
+    assert scenarios == {"task", "domain", "class", "permuted"}
+
+
 def test_the_command(tmp_path: Path) -> None:
     config = tmp_path / "small.toml"
     config.write_text(
@@ -336,7 +353,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(protocol, "learn", interrupted)
-    example = Path(__file__).resolve().parents[2] / "examples" / "continual_digits.toml"
+    example = EXAMPLES / "continual_digits.toml"
     result = CliRunner().invoke(app, ["continual", str(example), "--out", str(tmp_path)])
     assert result.exit_code == 130
     assert f"continual {example} --out {tmp_path}" in result.output.replace("\n", "")
