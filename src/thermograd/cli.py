@@ -222,7 +222,10 @@ def predict(
     }
     if sampling is not None:
         asked["sampling"] = sampling
-    _say_report(predict_and_show(out, path, asked, steps=steps, sweep=maps, budget=budget))
+    try:
+        _say_report(predict_and_show(out, path, asked, steps=steps, sweep=maps, budget=budget))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Interrupted; what was measured is kept. Give the same command to go on.") from None
 
 
 @app.command(epilog="Example: thermograd validate runs/demo --replicas 4")
@@ -243,8 +246,11 @@ def validate(
     try:
         _say_report(validate_and_show(out, path, replicas=replicas, steps=steps, seed=seed, fresh=fresh))
     except KeyboardInterrupt:
+        options = (
+            f" --replicas {replicas}" + (f" --steps {steps}" if steps else "") + (f" --seed {seed}" if seed else "")
+        )
         raise KeyboardInterrupt(
-            f"Interrupted; finished trainings are kept. Go on with: {_program()} validate {path}"
+            f"Interrupted; finished trainings are kept. Go on with: {_program()} validate {path}{options}"
         ) from None
 
 

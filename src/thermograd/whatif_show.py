@@ -16,6 +16,7 @@ from .prediction.show import columns, flags, heading, number, raised, rows
 from .prediction.show import sweep as sweep_of
 from .prediction.validation import Validation, load
 from .report import prediction_html
+from .report.prediction_page import unflagged
 from .trajectory import open_run
 from .whatif import VALIDATION, measured_run, validate
 
@@ -73,7 +74,7 @@ def validate_and_show(console: Console, path: Path, *, fresh: bool, **options: A
     console.print(table)
     console.print(
         f"Median relative error of the excess: {100 * found.median_error:.1f}% over {len(error)} settings, "
-        f"{100 * found.median_error_ok:.1f}% where no flag was up; rank correlation {found.rank_correlation:.3f}; "
+        f"{unflagged(found)}; rank correlation {found.rank_correlation:.3f}; "
         f"{len(found.failures)} settings off by more than 30% without a flag.",
         highlight=False,
     )

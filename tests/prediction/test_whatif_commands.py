@@ -97,6 +97,7 @@ def test_validate_freezes_trains_resumes_and_shows(folder: Path) -> None:
     code, text = invoke("validate", str(folder), "--replicas", "2", "--steps", "100")
     assert code == 0, text
     assert "Median relative error" in text
+    assert "nan" not in text
     kept = folder / "validation"
     frozen = json.loads((kept / "predictions.json").read_text())
     assert len(frozen["predictions"]) >= 12
@@ -179,3 +180,17 @@ def test_the_report_has_the_page_where_predictions_were_measured(folder: Path) -
     assert code == 0, text
     assert "predict.html" in text
     assert "Map of the excess loss" in (folder / "predict.html").read_text()
+
+
+def test_interrupted_commands_say_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("thermograd.whatif_show.validate_and_show", interrupted)
+    monkeypatch.setattr("thermograd.whatif_show.predict_and_show", interrupted)
+    code, text = invoke("validate", str(folder), "--replicas", "3", "--steps", "70", "--seed", "2")
+    assert code == 130
+    assert " ".join(text.split()).endswith(f"validate {folder} --replicas 3 --steps 70 --seed 2")
+    code, text = invoke("predict", str(folder))
+    assert code == 130
+    assert "the same command" in text

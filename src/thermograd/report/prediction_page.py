@@ -16,7 +16,7 @@ from .page import _render, _write, fact_rows
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["prediction_html", "render_prediction"]
+__all__ = ["prediction_html", "render_prediction", "unflagged"]
 
 _FACTS = ("steps", "bottom", "run_loss", "run_loss_stderr", "kappa", "kappa_stderr")
 _NAMES = {
@@ -72,13 +72,20 @@ def _side_by_side(tables: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[str
     return [(label, [dict(table).get(label, "–") for table in tables]) for label, _ in tables[0]]
 
 
+def unflagged(found: Validation) -> str:
+    """The median error of the settings without a flag, in words."""
+    if not found.ok.any():
+        return "a flag was up at each"
+    return f"{100 * found.median_error_ok:.1f}% where no flag was up"
+
+
 def _checked(found: Validation) -> dict[str, Any]:
     error = found.relative_error
     return {
         "svg": Markup(inline_svg(found, "validation-", "Predicted against observed excess loss.")),
         "summary": (
             f"Median relative error of the excess {100 * found.median_error:.0f}% over {len(error)} settings "
-            f"({100 * found.median_error_ok:.0f}% where no flag was up), rank correlation "
+            f"({unflagged(found)}), rank correlation "
             f"{found.rank_correlation:.3f}."
         ),
         "frozen": found.frozen[:16],
