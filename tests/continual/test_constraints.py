@@ -423,6 +423,8 @@ def test_bad_input_is_refused(network: nn.Module, blobs: Data) -> None:
         lambda: LandscapeConstraint(directions="pca"),
         lambda: LandscapeConstraint(weights="width"),
         lambda: LandscapeConstraint(coverage=1.5),
+        lambda: LandscapeConstraint(rise=1.0),
+        lambda: LandscapeConstraint(rise=10.0, weights="curvature"),
         lambda: LandscapeConstraint(temperature=0.5),
         lambda: LandscapeConstraint(temperature=2.0),  # with weights from the flatness
         lambda: LayerLandscape(memory_per_weight=0),

@@ -88,6 +88,30 @@ def test_memory_is_bounded_from_the_first_task_on(network: nn.Module, blobs: Dat
     torch.testing.assert_close(few.form.curvature, whole[:2])  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("rise", [1.2, math.e, 50.0])
+def test_of_a_parabola_every_rise_gives_the_curvature(rise: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 3, generator=random, dtype=torch.float64)
+    y = X.sum(1, keepdim=True) + torch.randn(40, 1, generator=random, dtype=torch.float64)
+    model = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(X, y).solution.T)
+    problem = tg.Problem(model, nn.MSELoss(), (X, y))
+    held = LandscapeConstraint(rank=3, rise=rise).fit(problem).form
+    exact = torch.linalg.eigvalsh(2 * X.T @ X / len(X)).flip(0)
+    torch.testing.assert_close(held.curvature, exact, rtol=1e-3, atol=0)  # type: ignore[attr-defined]
+
+
+def test_a_larger_rise_sees_the_wall_beyond_the_parabola() -> None:
+    """Of L = 1 + w^4 the flatness is 2 (r - 1)^(1/4), and so h = 2 (r - 1)^(1/2)."""
+    problem = tg.Problem.from_function(
+        lambda w, x: 1 + (w**4).sum() + 0 * x.sum(), torch.zeros(1).double(), torch.zeros(2, 1).double()
+    )
+    for rise in (math.e, 101.0):
+        held = LandscapeConstraint(directions="hessian", rank=1, rise=rise).fit(problem).form
+        assert held.curvature.item() == pytest.approx(2 * math.sqrt(rise - 1), rel=1e-3)  # type: ignore[attr-defined]
+
+
 def test_smoothed_labels_have_the_curvature_of_plain_ones(network: nn.Module, blobs: Data) -> None:
     for make in (lambda: EWC(), lambda: LayerLandscape(temperature=math.inf)):
         plain, smooth = (make().fit(network, loss, blobs) for loss in (LOSS, nn.CrossEntropyLoss(label_smoothing=0.2)))

@@ -23,7 +23,6 @@ __all__ = ["LandscapeConstraint", "RandomDirections", "Source", "Weights"]
 
 Source = Literal["trajectory", "hessian", "gauss_newton"]
 Weights = Literal["flatness", "curvature"]
-_RISE = math.e  # the loss rises by this factor across a flatness
 _TOLERANCE = 1e-3  # relative residual of eigenvectors: directions this close constrain alike
 
 
@@ -32,10 +31,10 @@ class LandscapeConstraint(Constraint):
 
     .. math::
         R(\theta) = \mathrm{strength} \sum_i \tfrac12 h_i \bigl[p_i \cdot (\theta - \theta_1)\bigr]^2, \qquad
-        h_i = \frac{8(e-1)\,L_0}{F_i^2}
+        h_i = \frac{8(r-1)\,L_0}{F_i^2}
 
     with orthonormal directions :math:`p_i` and their flatness :math:`F_i`, the width over which the finished task's
-    loss :math:`L_0` rises by a factor e. Feng & Tu write
+    loss :math:`L_0` rises by a factor r (e as published). Feng & Tu write
     :math:`\lambda \sum_i [p_i \cdot (\theta - \theta_1)]^2 / F_i^2`, so their :math:`\lambda` is
     :math:`4(e-1) L_0 \cdot \mathrm{strength}`: at strength 1 the penalty is the finished task's own loss, as far as
     that is a parabola. It stores k (P + 2) numbers for k directions.
@@ -48,6 +47,8 @@ class LandscapeConstraint(Constraint):
             curvature is diagonal in it.
         weights: "flatness": h from the measured width (as published; where the loss does not rise on both sides, h is
             zero); "curvature": h from the second derivative.
+        rise: r. A larger one asks for the parabola through walls that are further off than where the loss is
+            quadratic; of a parabola h is the same for all r.
         rank: most directions of one task from each source (and in each layer, with ``by_layer``).
         coverage: keep only as many of them as hold this share of the trace of the curvature; None keeps all.
         by_layer: directions of each weight with its bias by itself (of the path: the principal components of these
@@ -74,6 +75,7 @@ class LandscapeConstraint(Constraint):
         *,
         directions: Source | tuple[Source, ...] | list[Source] = "gauss_newton",
         weights: Weights = "flatness",
+        rise: float = math.e,
         rank: int = 20,
         coverage: float | None = None,
         by_layer: bool = False,
@@ -90,6 +92,10 @@ class LandscapeConstraint(Constraint):
             )
         if weights not in ("flatness", "curvature"):
             raise InputError(f"weights is {weights!r}", expected="'flatness' or 'curvature'")
+        if not (isinstance(rise, int | float) and 1 < rise < math.inf):
+            raise InputError(f"rise is {rise!r}", expected="a number above 1")
+        if rise != math.e and weights == "curvature":
+            raise InputError(f"rise is {rise:g} with weights from the curvature", expected="weights='flatness'")
         if not (isinstance(rank, int) and rank >= 1):
             raise InputError(f"rank is {rank!r}", expected="a whole number >= 1")
         if coverage is not None and not 0 < coverage <= 1:
@@ -97,7 +103,7 @@ class LandscapeConstraint(Constraint):
         if capacity is not None and not (isinstance(capacity, int) and capacity >= 1):
             raise InputError(f"capacity is {capacity!r}", expected="a whole number >= 1")
         self.weights, self.rank, self.coverage = weights, rank, coverage
-        self.by_layer, self.window = by_layer, window
+        self.by_layer, self.window, self.rise = by_layer, window, float(rise)
         self.capacity = capacity or rank * len(self.directions)
         self.temperature = check_temperature(temperature)
         if self.temperature > 1 and weights == "flatness":
@@ -186,14 +192,15 @@ class LandscapeConstraint(Constraint):
             part = Problem(
                 problem.model, problem.criterion, (inputs, targets), params=problem.names, dtype=problem.dtype
             )
-        widths = landscape.flatness(part, vectors, rise=_RISE)
-        return torch.as_tensor(_parabola(widths.flatness, widths.loss)).to(vectors)
+        widths = landscape.flatness(part, vectors, rise=self.rise)
+        return torch.as_tensor(_parabola(widths.flatness, widths.loss, self.rise)).to(vectors)
 
 
-def _parabola(widths: np.ndarray, loss: float) -> np.ndarray:
+def _parabola(widths: np.ndarray, loss: float, rise: float) -> np.ndarray:
+    """Second derivatives of the parabolas that rise by the factor over the widths; 0 for infinite ones."""
     crossed = np.isfinite(widths)
     values = np.zeros(len(widths))
-    values[crossed] = curvature_from_flatness(widths[crossed], loss)
+    values[crossed] = curvature_from_flatness(widths[crossed], loss) * (rise - 1) / (math.e - 1)
     return values
 
 
