@@ -56,7 +56,7 @@ def _crossed_slope(x: _Array, out: _Array) -> None:
 
 
 def _crossed_noise(x: _Array, out: _Array) -> None:
-    out[0], out[1], out[2], out[3] = 0.015, 0.015, 0.0, 0.0
+    out[0], out[1], out[2], out[3] = 0.0075, 0.0075, 0.0, 0.0
 
 
 def _tang(x: _Array) -> _Array:
@@ -89,7 +89,7 @@ def _tang_temperatures(bench: Bench) -> _Array:
 def _white_escapes(bench: Bench, seed: int) -> dict[str, Any]:
     """Mean escape times in one dimension, in two, over k, and in ten dimensions."""
     some: dict[str, Any] = {"max_steps": 10**8, "replicas": bench.choose(40, 100, 400), "seed": seed}
-    splitting: dict[str, Any] = {"dt": 0.01, "seed": seed, "trials": bench.choose(150, 400, 1000), "repeats": 10}
+    splitting: dict[str, Any] = {"dt": 0.01, "seed": seed, "trials": bench.choose(150, 2400, 2400), "repeats": 10}
     well: dict[str, Any] = {"start": 1.0, "dt": 0.01, "monitoring": "bridge", **some}
     one = [langevin_first_passage("double-well", D, _EXIT, **well).mean[0] for D in _HOT]
     one += [rare_event("double-well", D, _EXIT, start=1.0, **splitting).mean for D in _cold(bench)]
@@ -116,7 +116,7 @@ def _white_escapes(bench: Bench, seed: int) -> dict[str, Any]:
     title="Escape under white noise",
     statement="Under white noise the escape time is exp(ΔL/D) times a ratio of determinants: a power of the sharpness.",
     data="none: double wells in one and two dimensions, Styblinski-Tang in ten",
-    cost="one minute",
+    cost="two minutes",
     full_cost="three minutes",
 )
 def white_noise(bench: Bench) -> Outcome:
@@ -171,7 +171,8 @@ def white_noise(bench: Bench) -> Outcome:
     return Outcome(
         tuple(rows), tuple(panels), (),
         f"{bench.choose(40, 100, 400)} escapes a point and seed, by splitting for D ≤ {cold[0]:g}; "
-        "the exit lies well beyond the saddle. "
+        "the exit lies well beyond the saddle. With a curvature across ΔL/D is 33.3: at half of that, and with a sixth "
+        "of the trials, the time ratio of 3 at the minimum was 0.65 ± 0.02, at the edge of its tolerance. "
         "Exact values are the quadrature of the Langevin equation; for ten dimensions ten times the rate of one.",
     )  # fmt: skip
 
