@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, StoreError
+import torch
+
+from ..errors import InputError, StoreError, ThermogradWarning
 from ..trajectory.equilibration import Equilibration
 
 if TYPE_CHECKING:
-    import torch
-
     from ..trajectory import Recorder
 
 __all__ = ["EquilibrationLR"]
@@ -25,16 +26,18 @@ class EquilibrationLR:
     of steps, half of all steps at this learning rate (:class:`~thermograd.trajectory.Equilibration`). Nothing else
     is evaluated: no validation pass, no metric.
 
-    Call ``step()`` after each optimizer step or after each epoch.
+    Call ``step()`` after each optimizer step or after each epoch. Only what happens within the recorder's ``with`` is
+    watched. When something else changes a learning rate, the test begins anew.
 
     Args:
-        optimizer: whose learning rates are changed, of all its groups.
+        optimizer: whose learning rates are changed, of all its groups; of any kind (see
+            :attr:`thermograd.Recorder.equilibrated`).
         recorder: the recorder of the training; it need not keep all weights (``record=Scalars()`` will do).
         factor: by which the learning rate is multiplied.
         min_lr: learning rates are not lowered below this.
         max_decays: after so many decays the learning rate stays.
-        total_steps: optimizer steps planned, if known. When a tenth of them is left, or less, and no decay has
-            happened, one is made, so that a run never ends at its first learning rate.
+        total_steps: optimizer steps planned since the scheduler was made, if known. When a tenth of them is left, or
+            less, and no decay has happened, one is made, so that a run never ends at its first learning rate.
         test: the test to use, with settings other than the default ones.
 
     Raises:
@@ -77,11 +80,21 @@ class EquilibrationLR:
         self.decays: list[int] = []
         if test is not None:
             recorder.equilibration = test
-        self._test = recorder.equilibration  # begins the test
-        self._taken = 0  # optimizer steps at earlier learning rates
+        self._taken = 0
+        self._looked = (0, self._test.steps)  # steps taken and steps watched when last looked; begins the test
+        self._told = False
+        optimizer.register_step_post_hook(self._count)
+
+    @property
+    def _test(self) -> Equilibration:
+        return self.recorder.equilibration
+
+    def _count(self, *_: Any) -> None:
+        self._taken += 1
 
     def step(self, metrics: Any = None) -> None:
         """Decay if training has equilibrated since the last decay. ``metrics`` is ignored."""
+        self._warn_unless_watched()
         late = self.total_steps is not None and not self.decays and self.steps >= math.ceil(0.9 * self.total_steps)
         if not (self._test.equilibrated or late):
             return
@@ -90,16 +103,32 @@ class EquilibrationLR:
         before = self.get_last_lr()
         for group in self.optimizer.param_groups:
             rate = float(group["lr"])
-            group["lr"] = max(rate * self.factor, min(rate, self.min_lr))
+            lower = max(rate * self.factor, min(rate, self.min_lr))
+            if isinstance(group["lr"], torch.Tensor):  # as compiled optimizers want it
+                group["lr"].fill_(lower)
+            else:
+                group["lr"] = lower
         if self.get_last_lr() != before:
             self.decays.append(self.steps)
-        self._taken = self.steps
         self._test.reset()
+
+    def _warn_unless_watched(self) -> None:
+        """Steps that the recorder does not see would never lower the rate: say so once."""
+        now = (self._taken, self._test.steps)
+        if now[0] > self._looked[0] and now[1] == self._looked[1] and not self._told:
+            self._told = True
+            warnings.warn(
+                "the optimizer makes steps that the recorder of EquilibrationLR does not see, so that the learning "
+                "rate will not be lowered; train within `with recorder:`",
+                ThermogradWarning,
+                stacklevel=3,
+            )
+        self._looked = now
 
     @property
     def steps(self) -> int:
-        """Optimizer steps seen so far."""
-        return self._taken + self._test.steps
+        """Optimizer steps since the scheduler was made, those before a checkpoint included."""
+        return self._taken
 
     def get_last_lr(self) -> list[float]:
         """The learning rate of each parameter group."""

@@ -207,6 +207,7 @@ class WatchesEquilibrium:
     _weights: Callable[[], Tensor]
     _equilibration: Equilibration | None = None
     _weights_before: Tensor | None = None
+    _rates_watched: list[float] | None = None
 
     @property
     def equilibration(self) -> Equilibration:
@@ -223,7 +224,11 @@ class WatchesEquilibrium:
     def equilibrated(self) -> bool:
         """Whether training at the present learning rate has equilibrated, as of the last whole window of steps.
 
-        False until a window has shown it. Asking for it begins the test (see
+        False until a window has shown it, and again when a learning rate changes, whoever changes it. Every step within
+        the recorder's ``with`` is looked at, whichever are recorded. Any optimizer will do; what counts as its momentum
+        is the smallest of its groups' (for Adam and its kin the first of the ``betas``). A checkpoint keeps the test by
+        ``recorder.equilibration.state_dict()`` (:class:`thermograd.EquilibrationLR` does); without, it begins anew.
+        Asking for it begins the test (see
         :class:`~thermograd.trajectory.Equilibration`; assign one with other settings to ``recorder.equilibration``): a
         window whose loss still changes by the tolerance (10%) is called equilibrated with a probability of about 5%
         (2 to 6% in simulations, docs/predict.md).
@@ -231,15 +236,26 @@ class WatchesEquilibrium:
         return self.equilibration.equilibrated
 
     def _watch_before(self) -> None:
-        if self._equilibration is not None:
-            self._weights_before = self._weights() if self._equilibration.wants_weights else None
+        if self._equilibration is None:
+            return
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if self._rates_watched is not None and rates != self._rates_watched:
+            self._equilibration.reset()
+        self._rates_watched = rates
+        self._weights_before = self._weights() if self._equilibration.wants_weights else None
 
     def _watch_after(self, loss: Any) -> None:
         if self._equilibration is None:
             return
         before, self._weights_before = self._weights_before, None
         after = None if before is None else self._weights()
-        group = self.optimizer.param_groups[0]
-        momentum = float(group.get("momentum", 0.0) or 0.0)
+        momentum = min(_momentum(group) for group in self.optimizer.param_groups)
         value = None if loss is None else float(loss)
         self._equilibration.add(before, after, value, momentum)
+
+
+def _momentum(group: Mapping[str, Any]) -> float:
+    """How much of a move goes into the next one: that of SGD and RMSprop, the first beta of Adam and its kin."""
+    if "momentum" in group:
+        return float(group["momentum"] or 0.0)
+    return float(group["betas"][0]) if "betas" in group else 0.0
