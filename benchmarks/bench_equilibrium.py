@@ -27,8 +27,8 @@ def stream(
     rng: np.random.Generator,
     noise: float,
     memory: float,
-) -> list[tuple[int, bool]]:
-    """Feed a run to the meter; the verdict at the end of each window."""
+) -> list[tuple[int, int, bool]]:
+    """Feed a run to the meter; start and end of each window, and the verdict."""
     theta, wave, verdicts = np.zeros(SIZE), 0.0, []
     sd = noise * np.sqrt(1 - memory**2)
     for k in range(steps):
@@ -41,7 +41,8 @@ def stream(
             mean(k) + wave, 0.0,
         )  # fmt: skip
         if meter.windows != windows:
-            verdicts.append((k + 1, meter.equilibrated))
+            assert meter.window is not None
+            verdicts.append((*meter.window, meter.equilibrated))
     return verdicts
 
 
@@ -56,14 +57,13 @@ def main() -> None:
             meter = Equilibration()
             drift = meter.tolerance
             ends = stream(meter, 400, lambda k, d=drift: 1 + d * (0.5 - k / 400), rng, noise, memory)
-            alarms += ends[-1][1]
-            rest += stream(Equilibration(), 400, lambda k: 1.0, rng, noise, memory)[-1][1]
+            alarms += ends[-1][2]
+            rest += stream(Equilibration(), 400, lambda k: 1.0, rng, noise, memory)[-1][2]
             if run < RUNS // 8:
                 meter = Equilibration()
                 ends = stream(meter, 6000, lambda k: 1 + np.exp(-k / 1000), rng, noise, memory)
                 premature += any(
-                    said and np.exp(-start / 1000) - np.exp(-end / 1000) > meter.tolerance
-                    for (end, said), start in zip(ends, [0] + [e for e, _ in ends], strict=False)
+                    said and np.exp(-start / 1000) - np.exp(-end / 1000) > meter.tolerance for start, end, said in ends
                 )
         few = RUNS // 8
         print(

@@ -75,11 +75,35 @@ def test_free_diffusion_shows_a_wandering_share_of_one():
 
 
 def test_windows_grow_with_the_steps_taken_and_a_reset_begins_anew():
-    meter = Equilibration(least=100)
+    meter = Equilibration(least=100, overlap=1)
     feed(meter, 1000, rng=np.random.default_rng(4))
     assert meter.windows == 4  # at 100, 200, 400, 800 and 1600 the next
+    assert meter.window == (400, 800)
     meter.reset()
     assert (meter.steps, meter.windows, meter.equilibrated) == (0, 0, False)
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.0])
+def test_windows_overlap_and_each_is_a_fixed_part_of_the_steps_before_it(growth):
+    meter, seen, most = Equilibration(least=100, growth=growth, overlap=4), [], 0
+    for _ in range(2000):
+        meter.add(None, None, 1.0, 0.0)
+        most = max(most, len(meter._open))
+        if not seen or meter.window not in (None, seen[-1]):
+            seen += [meter.window] if meter.window else []
+    starts, ends = np.array(seen[1:]).T
+    np.testing.assert_allclose(ends - starts, growth * starts, atol=1)
+    np.testing.assert_allclose(np.diff(np.log(ends)), np.log(1 + growth) / 4, atol=0.02)
+    assert most <= 5
+
+
+def test_overlapping_windows_see_what_one_that_is_fed_alone_sees():
+    many, alone = Equilibration(least=200, overlap=4), Equilibration(least=200, overlap=1)
+    for meter in (many, alone):
+        feed(meter, 1600, rng=np.random.default_rng(8))
+    assert many.window == alone.window == (800, 1600)
+    assert many.wander == alone.wander
+    assert many.drift == alone.drift
 
 
 def test_a_checkpoint_of_the_test_goes_on_as_if_nothing_had_happened(tmp_path):
@@ -94,7 +118,9 @@ def test_a_checkpoint_of_the_test_goes_on_as_if_nothing_had_happened(tmp_path):
         other.load_state_dict({"steps": 3})
 
 
-@pytest.mark.parametrize("change", [{"least": 3}, {"growth": 0}, {"tolerance": -1}, {"false_alarm": 0.7}])
+@pytest.mark.parametrize(
+    "change", [{"least": 3}, {"growth": 0}, {"overlap": 0}, {"tolerance": -1}, {"false_alarm": 0.7}]
+)
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(InputError):
         Equilibration(**change)

@@ -11,6 +11,7 @@ from thermograd.errors import HyperparameterError, InputError, StoreError
 from thermograd.prediction import modes as modes_file
 from thermograd.prediction.modes import measure_modes
 from thermograd.prediction.show import columns, rows
+from thermograd.prediction.validation import observe
 from thermograd.theory import limiting
 from thermograd.whatif import measured_run
 
@@ -91,6 +92,62 @@ def test_a_run_that_still_falls_is_flagged(regression, tmp_path):
     assert any("not stationary" in flag or "have not equilibrated" in flag for flag in row["flags"])
 
 
+def test_momentum_near_one_is_predicted_where_the_spread_makes_much_of_the_noise(noisy_regression):
+    ready = measured_run(noisy_regression.folder, noisy_regression.problem, steps=1000)
+    slow = ready.sgd.replace(lr=ready.sgd.lr / 10, momentum=0.99)
+    assert ready.at(ready.sgd)["noise_gain"] > 0.2
+    row, seen = ready.at(slow), observe(ready, slow, 40, 3)
+    error = np.hypot(row["excess_loss_stderr"], seen["excess_loss_stderr"])
+    assert abs(row["excess_loss"] - seen["excess_loss"]) < 3 * error
+    assert error < 0.3 * seen["excess_loss"]
+    ready.forecast._shares[slow] = 0.0  # as if the noise of the spread were drawn anew each step
+    assert ready.at(slow)["excess_loss"] > 1.15 * row["excess_loss"]
+
+
+def interpolating(samples, weights):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((samples, weights))
+    return X, X @ rng.standard_normal(weights)
+
+
+@pytest.mark.parametrize("steps", [1200, 4000])
+def test_a_run_that_interpolates_is_refused_in_words(train_line, tmp_path, steps):
+    problem = train_line(tmp_path / "run", *interpolating(10, 20), lr=0.02, batch=5, steps=steps)
+    with pytest.raises(InputError, match="interpolates"):
+        measured_run(tmp_path / "run", problem)
+
+
+def test_the_way_down_does_not_count_as_noise(train_line, tmp_path):
+    problem = train_line(tmp_path / "run", *interpolating(30, 60), lr=0.001, batch=5, steps=1000)
+    ready = measured_run(tmp_path / "run", problem, steps=400)
+    for change in ({}, {"lr": 0.003}, {"lr": 0.0001}, {"batch_size": 2}):
+        sgd = ready.sgd.replace(**change)
+        row, seen = ready.at(sgd), observe(ready, sgd, 4, 3)
+        assert row["excess_loss"] == pytest.approx(seen["excess_loss"], rel=0.1, abs=1e-3)
+        assert any("not stationary" in flag for flag in row["flags"])
+
+
+def covered(ready, changes, replicas):
+    """Predicted less observed, in units of their common error."""
+    found = []
+    for number, change in enumerate(changes):
+        sgd = ready.sgd.replace(**change)
+        row, seen = ready.at(sgd), observe(ready, sgd, replicas, 100 * number)
+        error = np.hypot(row["excess_loss_stderr"], seen["excess_loss_stderr"])
+        found.append((row["excess_loss"] - seen["excess_loss"]) / error)
+    return np.array(found)
+
+
+def test_error_bars_cover_what_is_observed(regression, noisy_regression):
+    changes = ({}, {"lr": 0.002}, {"batch_size": 20}, {"momentum": 0.0}, {"sampling": "replacement"})
+    z = np.concatenate([
+        covered(measured_run(run.folder, run.problem, steps=800), changes, 30) for run in (regression, noisy_regression)
+    ])  # fmt: skip
+    # errors of one run are shared by its settings: about six independent numbers
+    assert np.sqrt(np.mean(z**2)) < 1.7
+    assert np.abs(z).max() < 3
+
+
 def test_equivalent_settings_have_the_same_floor(measured):
     rate = measured.equivalent(measured.sgd, 16)
     there = measured.forecast.stationary_excess(measured.sgd.replace(lr=rate, batch_size=16))
@@ -150,10 +207,11 @@ def test_modes_by_quadrature_give_the_sums_over_all_modes(monkeypatch):
     X, y = torch.randn(200, 12, dtype=torch.float64), torch.randint(0, 4, (200,))
     problem = tg.Problem(model, torch.nn.CrossEntropyLoss(), (X, y))
     points = [problem.theta + 0.02 * torch.randn(problem.P, dtype=torch.float64) for _ in range(4)]
-    dense = measure_modes(problem, problem.theta, points)
+    centre = sum(points) / len(points)
+    dense = measure_modes(problem, problem.theta, points, centre)
     monkeypatch.setattr(modes_file, "DENSE", 0)
     monkeypatch.setattr(modes_file, "_SHARP", 8)
-    sparse = measure_modes(problem, problem.theta, points)
+    sparse = measure_modes(problem, problem.theta, points, centre)
     for full, part in zip(dense, sparse, strict=True):
         assert part.probes == 12
         for cut in (0.01, 0.1, 1.0):

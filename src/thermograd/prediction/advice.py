@@ -110,7 +110,7 @@ def _final(forecast: Forecast, high: SGD, low: SGD, change: int, budget: int) ->
     left = budget - change
     edges = np.array([left - max(1, math.ceil(_END * budget)), left])
     after = forecast.moments(low, modes, edges, position=np.sqrt(spread))[0]
-    fluctuation = forecast.scale * 0.5 * float(after @ forecast.energies(low, modes))
+    fluctuation = forecast.closure.scale[0] * 0.5 * float(after @ forecast.energies(low, modes))
     time = change * high.effective_lr + (1 - _END / 2) * left * low.effective_lr
     level = fluctuation / forecast.measured if forecast.measured > 0 else 0.0
     return fluctuation + forecast.mean_energy(low, time, level)

@@ -4,15 +4,9 @@ The excess of the objective :math:`F = L + \frac\lambda2\|\theta\|^2` over its v
 
 **Fluctuations.** With fixed curvature and noise, :math:`N=\frac12\sum_l(h_l+\lambda)E\theta_l^2`, the moments exact
 for the sampling scheme and for T steps from the run's last weights (:mod:`.moments`). Curvature and noise are known
-where the noise-free flow leads (giving :math:`N_c`) and among the weights of the run (:math:`N_h`, whose own stationary
-value is :math:`N_1`). In between, and to first order beyond, they change in proportion to the spread: with
-x the fluctuation in units of the run's,
-
-.. math:: N = (1-x)N_c + xN_h, \quad x = N/N_1 \;\Rightarrow\; x = \frac{N_c}{N_1+N_c-N_h},
-
-which diverges when the noise that the spread causes feeds itself. The run's own fluctuation, measured over predicted,
-is kappa. The prediction at the run's setting is scaled by kappa as far as it is known: its mean with 1, weighted by
-its standard error and by 10%, which the theory is trusted to. Colder settings are scaled in proportion to x.
+where the noise-free flow leads and at weights of the run; in between, and to first order beyond, they change in
+proportion to the spread (:mod:`.closure`). What the spread adds to the noise is correlated over the epoch as far as
+the weights stand still meanwhile (:mod:`.memory`).
 
 **The mean.** Without noise the mean follows the gradient flow (:mod:`.descent`) for a time
 :math:`\tau=\eta T/(1-\beta)`; the run's noise holds it at the run's mean instead. Mode by mode, a mean that starts at
@@ -26,6 +20,7 @@ validate``).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +33,9 @@ from ..hyperparameters import SGD
 from ..theory import sampling as schemes
 from ..theory.arrays import Array
 from ..theory.stability import largest_stable_curvature
+from .closure import TRUST, Closure
 from .descent import Descent
+from .memory import repeated_share
 from .modes import Modes
 from .moments import block_moments, epoch_batches
 from .standing import Standing
@@ -46,7 +43,8 @@ from .standing import Standing
 __all__ = ["Excess", "Forecast"]
 
 WINDOW = 0.3  # last part of the steps over which the loss is averaged
-_TRUST = 0.1  # how far off the theory itself may be
+_ADRIFT = 0.5  # change of the loss across the record, over its excess, above which descent and not noise is seen
+_RESPONSES = (1 / 3, 3.0)  # what the energy of the weights looked at may be off by
 _FLOOR = 1e-6  # curvature, over the largest, below which a mode has no stationary spread of its own
 
 
@@ -80,18 +78,24 @@ class Forecast:
     fits: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._shares: dict[SGD, float] = {}
         self.cold_bins, self.hot_bins = self.cold.binned(), self.hot.binned()
         sgd, run = self.standing.sgd, self.standing
         mean_flow = self._held = self.flows[sgd.weight_decay][1]
-        self.own = self._stationary(sgd, self.hot_bins)
-        above = max(run.loss - mean_flow.loss[0], 0.0)
-        unresolved = self._unresolved(sgd) if math.isfinite(self.own) else 0.0
-        self.measured = above + unresolved  # fluctuation of the run about its mean
-        self.kappa = self.measured / self.own if self.own > 0 else math.nan
-        self.kappa_stderr = run.loss_stderr / self.own if self.own > 0 else math.nan
-        self.scale, self.scale_stderr = _weighted_with_one(self.kappa, self.kappa_stderr)
+        cold, seen = (self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins))
+        unresolved = self._unresolved(sgd) if math.isfinite(seen) else 0.0
+        self.measured = max(run.loss - mean_flow.loss[0], 0.0) + unresolved  # fluctuation of the run about its mean
+        there = float(run.point_losses.mean()) - mean_flow.loss[0] + unresolved  # and at the weights looked at
+        response = float(np.clip(self.measured / there, *_RESPONSES)) if there > 0 else 1.0
+        self.adrift = run.drifts(mean_flow.loss[0] - self.bottom + self.measured, _ADRIFT)
+        if self.adrift:  # what the record shows is the way down, not what noise does
+            self.closure = Closure(cold, seen, 0.0, self.measured, math.inf)
+        else:
+            self.closure = Closure(cold, seen, response, self.measured, run.loss_stderr)
+        self.kappa, self.kappa_stderr = self.closure.kappa, self.closure.kappa_stderr
         static = mean_flow.loss[0] - mean_flow.loss[-1]
-        self.static_share = max(static - unresolved, 0.0) / static if static > 0 else 0.0
+        held = static > 0 and not self.adrift
+        self.static_share = max(static - unresolved, 0.0) / static if held else 0.0
 
     # ------------------------------------------------------------------ the bottom and the mean
 
@@ -134,14 +138,41 @@ class Forecast:
 
     def variances(self, sgd: SGD, modes: Modes) -> Array:
         """Stationary variance of the weights along each mode, [n]."""
+        return self._spread(sgd, modes, *self.noise(sgd, modes))
+
+    def _spread(self, sgd: SGD, modes: Modes, coloured: Array, white: Array) -> Array:
+        """Stationary variances under noise that is correlated over the epoch, and noise that is not, [n]."""
         if len(epoch_batches(sgd, drop_last=self.standing.drop_last)) == 1 and sgd.sampling != "replacement":
             return np.zeros(len(modes.curvature))
-        floor = _FLOOR * self.top - sgd.weight_decay
-        curvature, factor = np.maximum(modes.curvature, floor), sgd.minibatch_factor
-        white = sgd.replace(sampling="replacement")
+        curvature, factor = self._bounded(sgd, modes), sgd.minibatch_factor
+        anew = sgd.replace(sampling="replacement")
         return schemes.weight_variance(
-            sgd, curvature, modes.coloured * factor, drop_last=self.standing.drop_last
-        ) + schemes.weight_variance(white, curvature, modes.white * factor)
+            sgd, curvature, coloured * factor, drop_last=self.standing.drop_last
+        ) + schemes.weight_variance(anew, curvature, white * factor)
+
+    def _bounded(self, sgd: SGD, modes: Modes) -> Array:
+        """Curvatures, none so small that its mode has no stationary spread, [n]."""
+        return np.maximum(modes.curvature, _FLOOR * self.top - sgd.weight_decay)
+
+    def noise(self, sgd: SGD, modes: Modes) -> tuple[Array, Array]:
+        """Variance over samples that stays the same over an epoch, and that is drawn anew each step, [n] each."""
+        share = self.repeated(sgd, modes)
+        return modes.coloured + share * modes.white, (1 - share) * modes.white
+
+    def repeated(self, sgd: SGD, modes: Modes) -> float:
+        """Share of the spread's noise that stays the same over an epoch (:mod:`.memory`)."""
+        if not modes.white.any():
+            return 0.0
+        modes = self.hot_bins  # all that has such noise
+        if sgd not in self._shares:
+            try:
+                self._shares[sgd] = repeated_share(
+                    sgd, self._bounded(sgd, modes), self.energies(sgd, modes), modes.coloured, modes.white,
+                    len(epoch_batches(sgd, drop_last=self.standing.drop_last)), drop_last=self.standing.drop_last,
+                )  # fmt: skip
+            except UnstableError:
+                self._shares[sgd] = 0.0
+        return self._shares[sgd]
 
     def _stationary(self, sgd: SGD, modes: Modes) -> float:
         try:
@@ -157,8 +188,9 @@ class Forecast:
         """Mean square of the position of each mode over blocks of steps, from a given offset at rest, [m, n]."""
         if sgd.sampling == "shuffle-once":  # the average over orders, once it is stationary
             return np.broadcast_to(self.variances(sgd, modes), (len(edges) - 1, len(modes.curvature)))
+        coloured, white = self.noise(sgd, modes)
         found = block_moments(
-            sgd, self._curvature(sgd, modes), modes.coloured, edges, white=modes.white,
+            sgd, self._curvature(sgd, modes), coloured, edges, white=white,
             position=position, drop_last=self.standing.drop_last,
         )  # fmt: skip
         return found.position
@@ -166,31 +198,19 @@ class Forecast:
     def _unresolved(self, sgd: SGD) -> float:
         """What the mean of the run's rows still fluctuates by: fluctuation that its loss counts as static."""
         modes, rows = self.hot_bins, self.standing.rows
-        floor = _FLOOR * self.top - sgd.weight_decay
-        curvature, factor = np.maximum(modes.curvature, floor), sgd.minibatch_factor
-        white = sgd.replace(sampling="replacement")
+        curvature, factor = self._bounded(sgd, modes), sgd.minibatch_factor
+        coloured, white = self.noise(sgd, modes)
+        anew = sgd.replace(sampling="replacement")
         within = schemes.weight_variance_window(
-            sgd, curvature, modes.coloured * factor, rows
-        ) + schemes.weight_variance_window(white, curvature, modes.white * factor, rows)
+            sgd, curvature, coloured * factor, rows
+        ) + schemes.weight_variance_window(anew, curvature, white * factor, rows)
         return 0.5 * float(self.energies(sgd, modes) @ np.maximum(self.variances(sgd, modes) - within, 0))
-
-    def level(self, cold: float, hot: float) -> float:
-        """x: the fluctuation in units of the run's, infinite where the noise feeds itself."""
-        rest = self.own + cold - hot
-        return cold / rest if 0 < rest < math.inf and math.isfinite(cold) else math.inf
-
-    def join(self, cold: float, hot: float) -> tuple[float, float]:
-        """Fluctuation between (and beyond) the cold and the hot one, and its level."""
-        level = self.level(cold, hot)
-        if not math.isfinite(level):
-            return math.inf, level
-        return (1 + (self.scale - 1) * min(level, 1.0)) * ((1 - level) * cold + level * hot), level
 
     def excess(self, sgd: SGD, steps: int) -> Excess:
         """Excess averaged over the last part of so many steps from the run's last weights on."""
         edges = np.array([steps - max(1, round(WINDOW * steps)), steps])
         cold, hot = (float(self.curve(sgd, modes, edges)[0]) for modes in (self.cold_bins, self.hot_bins))
-        fluctuation, level = self.join(cold, hot)
+        fluctuation, level = self.closure.join(cold, hot)
         if not math.isfinite(level):
             return Excess(math.inf, math.inf, math.inf, math.nan, level)
         mean = self.mean_energy(sgd, (1 - WINDOW / 2) * steps * sgd.effective_lr, level)
@@ -200,13 +220,43 @@ class Forecast:
     def _error(
         self, sgd: SGD, edges: NDArray[np.int64], fluctuation: float, cold: float, hot: float, level: float, mean: float
     ) -> float:
-        """Statistical errors of the run's loss and of random probes; half of what the closure adds beyond the run."""
-        near = min(level, 1.0)
-        loss = self.scale_stderr * near * fluctuation / self.scale
+        """Statistical errors of the run's loss, of its response and of random probes, and the trust in the theory.
+
+        Where the fluctuation is far below the run's, that is 10%; at the run's own, as far as its loss does not say it.
+        Half of what the closure adds beyond the run and half the misfit of kappa count as errors, and a quarter of the
+        range between noise of the spread that is, and is not, the same over an epoch.
+        """
+        closure, near = self.closure, min(level, 1.0)
+        scale, stderr = closure.scale
+        loss = fluctuation * math.hypot(near * stderr / scale, (1 - near) * TRUST)
+        response = abs(self._with_more_response(sgd, cold, hot) - fluctuation)
         probes = self._probe_error(sgd, edges)
-        beyond = abs(level - near) * abs(hot - cold) / 2
-        misfit = abs(self.scale - 1) * fluctuation / 2
-        return math.hypot(loss, probes, beyond, misfit, mean / 4)
+        beyond = abs(level - near) * abs(closure.hot(cold, hot) - cold) / 2
+        misfit = abs(scale - 1) * fluctuation / 2
+        memory = level * closure.response * self._memory_range(sgd) / 4
+        return math.hypot(loss, response, probes, beyond, misfit, memory, mean / 4)
+
+    def _with_more_response(self, sgd: SGD, cold: float, hot: float) -> float:
+        """Fluctuation if the spread added more noise, by the standard error of what was found that it adds."""
+        modes, off = self.hot_bins, self.hot.white_error
+        share, noise = self.repeated(sgd, modes), modes.coloured + modes.white
+        at, own = (
+            0.5 * off * float(self.energies(s, modes) @ self._spread(s, modes, share * noise, (1 - share) * noise))
+            for s in (sgd, self.standing.sgd)
+        )
+        other = dataclasses.replace(self.closure, seen=self.closure.seen + own)
+        found = other.join(cold, hot + at)[0]
+        return found if math.isfinite(found) else 2 * self.closure.join(cold, hot)[0]
+
+    def _memory_range(self, sgd: SGD) -> float:
+        """Stationary fluctuation with the spread's noise drawn anew each step, less that with it fixed for an epoch."""
+        modes = self.hot_bins
+        ends = [dataclasses.replace(modes, coloured=modes.coloured + s * modes.white, white=(1 - s) * modes.white)
+                for s in (0.0, 1.0)]  # fmt: skip
+        if sgd.sampling == "replacement" or self.repeated(sgd, modes) == 0:
+            return 0.0
+        new, fixed = (0.5 * float(self.energies(sgd, m) @ self._spread(sgd, m, m.coloured, m.white)) for m in ends)
+        return abs(new - fixed)
 
     def _probe_error(self, sgd: SGD, edges: NDArray[np.int64]) -> float:
         modes = self.cold_bins
@@ -219,7 +269,7 @@ class Forecast:
     def stationary_excess(self, sgd: SGD) -> float:
         """Excess when all modes have equilibrated and the mean is held by the noise alone: the loss floor."""
         cold, hot = (self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins))
-        fluctuation, level = self.join(cold, hot)
+        fluctuation, level = self.closure.join(cold, hot)
         if not math.isfinite(level):
             return math.inf
         mean = self._held
@@ -228,24 +278,9 @@ class Forecast:
 
     def noise_gain(self, sgd: SGD) -> float:
         """Noise energy that the spread adds, per unit of spread: above 1 the mean square diverges."""
-        cold, hot = (self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins))
-        if not (math.isfinite(cold) and math.isfinite(hot)):
-            return math.inf
-        return (hot - cold) / self.own if self.own > 0 else math.nan
+        return self.closure.gain(*(self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins)))
 
     def margin(self, sgd: SGD) -> float:
         """Largest stable curvature over the largest curvature: below 1 the mean diverges."""
         bound = largest_stable_curvature(sgd)
         return bound / self.top if self.top > 0 else math.inf
-
-
-def _weighted_with_one(value: float, stderr: float) -> tuple[float, float]:
-    """Mean of a measured ratio and 1, weighted by the inverse squares of its error and of the trust in theory.
-
-    >>> _weighted_with_one(1.2, 0.1)[0].__round__(6)
-    1.1
-    """
-    if not (math.isfinite(value) and math.isfinite(stderr)):
-        return 1.0, _TRUST
-    weight, trust = 1 / max(stderr, 1e-9) ** 2, 1 / _TRUST**2
-    return max((weight * value + trust) / (weight + trust), 0.05), 1 / math.sqrt(weight + trust)

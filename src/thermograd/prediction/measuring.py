@@ -22,7 +22,7 @@ from ..problem import Problem
 from ..progress import bar
 from ..theory.arrays import Array
 from ..trajectory import open_run, write_group
-from .descent import Descent, descend
+from .descent import Descent, descend, objective
 from .forecast import Forecast
 from .modes import Modes, measure_modes
 from .standing import Standing, stand
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 __all__ = ["flows_for", "measure"]
 
-_GROUP, _FORMAT = "prediction", 1
+_GROUP, _FORMAT = "prediction", 2
 _LONGER = 4.0  # how much longer than the run's own time the flow from the last weights is followed
 _LEAST_STEPS, _EPOCHS = 2000, 25
 _DIRECTIONS = 5  # along which the loss is compared with a parabola
 _SEEN = 256  # samples whose losses say which data a measurement was made from
+_VANISHED = 0.01  # loss of the noise-free flow over the run's at which there is no stationary state
 _DEVIATION = 0.5  # relative deviation from the parabola that ends the quadratic region
 
 
@@ -115,8 +116,9 @@ def _measure(
         raise TooShortError(f"predictions look {ahead} steps ahead", expected="at least 20")
     here, mean = half.flows() or flows_for(standing, sgd.weight_decay, ahead)
     half.keep(standing=standing, flows=(here, mean))
+    refuse_interpolation(standing, mean)
     progress.advance(1, "measuring curvature and noise")
-    cold, hot = measure_modes(problem, mean.theta, standing.points, seed)
+    cold, hot = measure_modes(problem, mean.theta, standing.points, standing.centre, seed)
     progress.advance()
     forecast = Forecast(standing, cold, hot, {sgd.weight_decay: (here, mean)}, ahead)
     forecast.fits = _facts(forecast)
@@ -146,6 +148,7 @@ class _HalfDone:
             problem=problem,
             sgd=SGD.from_dict(kept.pop("sgd")),
             losses=kept.pop("losses").numpy(),
+            point_losses=kept.pop("point_losses").numpy(),
             points=tuple(kept.pop("points")),
             **kept,
         )
@@ -166,6 +169,7 @@ class _HalfDone:
             | {
                 "sgd": standing.sgd.to_dict(),
                 "losses": torch.as_tensor(standing.losses),
+                "point_losses": torch.as_tensor(standing.point_losses),
                 "points": list(standing.points),
             },
         }
@@ -181,6 +185,25 @@ class _HalfDone:
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def refuse_interpolation(standing: Standing, mean: Descent) -> None:
+    """Refuse a run whose loss vanishes without noise: its noise vanishes with it, and nothing is stationary.
+
+    Raises:
+        InputError: the objective falls to a hundredth of the run's, or it is zero to rounding.
+    """
+    problem = standing.problem
+    unit = abs(objective(problem, 0.0, torch.zeros_like(standing.theta)))
+    zero = unit * torch.finfo(problem.dtype).eps ** (2 / 3)
+    if standing.loss > zero and mean.loss[-1] > _VANISHED * standing.loss:
+        return
+    raise InputError(
+        f"the run interpolates its data: its training loss is {standing.loss:.2g} and falls to {mean.loss[-1]:.2g} "
+        "without noise, and the noise of the gradient vanishes with it",
+        expected="a run that fluctuates about a minimum where the loss is not zero",
+        remedy="train with weight decay, or on more samples than the network can fit",
+    )
 
 
 def flows_for(standing: Standing, weight_decay: float, steps: int) -> tuple[Descent, Descent]:
@@ -293,6 +316,7 @@ def _saved(forecast: Forecast, key: str) -> xarray.Dataset:
     for name in ("theta", "velocity", "centre"):
         variables[name] = ("weight", getattr(standing, name).cpu().numpy())
     variables["losses"] = ("look", standing.losses)
+    variables["point_losses"] = ("point", standing.point_losses)
     for name, flow in zip(("here", "mean"), forecast.flows[standing.sgd.weight_decay], strict=True):
         variables[f"{name}_time"], variables[f"{name}_loss"] = (
             (f"{name}_point", flow.time),
@@ -310,6 +334,7 @@ def _saved(forecast: Forecast, key: str) -> xarray.Dataset:
         "drop_last": int(standing.drop_last),
         "steps": forecast.steps,
         "probes": json.dumps([forecast.cold.probes, forecast.hot.probes]),
+        "white_error": forecast.hot.white_error,
         "gradient_norms": json.dumps([flow.gradient_norm for flow in forecast.flows[standing.sgd.weight_decay]]),
         **{name: float(fits[name]) for name in ("sample_loss_variance", "gradient_noise_scale")},
         "description": "curvature, noise and noise-free flow that predictions start from",
@@ -328,12 +353,14 @@ def _load(kept: xarray.Dataset, problem: Problem) -> Forecast:
             **{array: kept[f"{name}_{array}"].values for array in _MODE_ARRAYS},
             probes=count,
             vectors=weights(f"{name}_vectors"),
+            white_error=error,
         )
-        for name, count in zip(("cold", "hot"), probes, strict=True)
+        for name, count, error in zip(("cold", "hot"), probes, (0.0, float(attrs["white_error"])), strict=True)
     )
     sgd = SGD.from_dict(json.loads(attrs["sgd"]))
     standing = Standing(
-        problem, sgd, weights("theta"), weights("velocity"), weights("centre"), (), kept["losses"].values,
+        problem, sgd, weights("theta"), weights("velocity"), weights("centre"), (), kept["point_losses"].values,
+        kept["losses"].values,
         int(attrs["rows"]), bool(attrs["continued"]), bool(attrs["drop_last"]),
     )  # fmt: skip
     norms = json.loads(attrs["gradient_norms"])

@@ -48,7 +48,8 @@ class Modes:
 
     ``curvature`` and ``energy`` (the curvature that turns a variance into loss) are without weight decay; ``coloured``
     and ``white`` are variances over samples of the gradient along the mode: the part that stays the same while the
-    weights fluctuate, and the part that changes with them. All [n]. ``vectors`` are the sharpest eigenvectors.
+    weights fluctuate, and the part that changes with them. All [n]. ``vectors`` are the sharpest eigenvectors,
+    ``white_error`` the standard error of the total of ``white``, over that of all noise.
     """
 
     curvature: Array
@@ -58,6 +59,7 @@ class Modes:
     probe: np.ndarray
     probes: int
     vectors: Tensor
+    white_error: float = 0.0
 
     @property
     def exact(self) -> np.ndarray:
@@ -90,19 +92,25 @@ class Modes:
         )
 
 
-def measure_modes(problem: Problem, cold_at: Tensor, points: Sequence[Tensor], seed: int = 0) -> tuple[Modes, Modes]:
+def measure_modes(
+    problem: Problem, cold_at: Tensor, points: Sequence[Tensor], centre: Tensor, seed: int = 0
+) -> tuple[Modes, Modes]:
     """The modes at one point, and averaged over several.
+
+    The noise is looked at in the weights mirrored at their mean too, so that its change in proportion to the
+    displacement, which averages out over the run and not over a few weights, cancels.
 
     Args:
         problem: the problem.
         cold_at: where the noise-free flow leads, [P].
         points: weights that the run passed through, [P] each.
+        centre: their mean, or that of the run, [P].
         seed: of every random draw.
     """
     before: Any = landscape.hessian(problem, cold_at)
     if problem.P <= DENSE:
         before = before.dense()
-    return _cold(problem, before, cold_at, seed), _hot(problem, points, before, cold_at, seed)
+    return _cold(problem, before, cold_at, seed), _hot(problem, points, centre, before, cold_at, seed)
 
 
 def _cold(problem: Problem, operator: Any, theta: Tensor, seed: int) -> Modes:
@@ -120,7 +128,7 @@ def _cold(problem: Problem, operator: Any, theta: Tensor, seed: int) -> Modes:
     return _joined(top, *nodes, energy=1.0, coloured=1.0)
 
 
-def _hot(problem: Problem, points: Sequence[Tensor], before: Any, cold_at: Tensor, seed: int) -> Modes:
+def _hot(problem: Problem, points: Sequence[Tensor], centre: Tensor, before: Any, cold_at: Tensor, seed: int) -> Modes:
     """The modes averaged over several points.
 
     For large problems each point sees its share of the samples, so that a Hessian averaged over samples and points
@@ -140,8 +148,8 @@ def _hot(problem: Problem, points: Sequence[Tensor], before: Any, cold_at: Tenso
         curvature, vectors = _decompose(dense)
         vectors = vectors.to(problem.dtype)
         energy = (curvature + _along(before, vectors)) / 2
-        coloured, white = _noise_split(problem, points, parts, cold_at, vectors)
-        return _exact(curvature, energy, coloured, white, vectors)
+        coloured, white, error = _noise_split(problem, points, centre, parts, cold_at, vectors)
+        return _exact(curvature, energy, coloured, white, vectors, error)
     operator = reduce(
         lambda a, b: a + b,
         (w * landscape.hessian(problem, at, part) for w, at, part in zip(weights, points, parts, strict=True)),
@@ -150,14 +158,16 @@ def _hot(problem: Problem, points: Sequence[Tensor], before: Any, cold_at: Tenso
     def draw(count: int) -> Tensor:
         pieces = zip(weights, points, parts, range(len(parts)), strict=True)
         return sum(  # type: ignore[return-value]
-            math.sqrt(w) * combinations(problem, at, part, count, seed + 1 + i) for w, at, part, i in pieces
+            math.sqrt(w / 2) * combinations(problem, where, part, count, seed + 1 + 2 * i + j)
+            for w, at, part, i in pieces
+            for j, where in enumerate((at, 2 * centre - at))
         )
 
     pairs, nodes = _split(operator, draw, seed)
     vectors = pairs.eigenvectors
     values = _numpy(pairs.eigenvalues)
-    coloured, white = _noise_split(problem, points, parts, cold_at, vectors)
-    top = _exact(values, (values + _along(before, vectors)) / 2, coloured, white, vectors)
+    coloured, white, error = _noise_split(problem, points, centre, parts, cold_at, vectors)
+    top = _exact(values, (values + _along(before, vectors)) / 2, coloured, white, vectors, error)
     start = nodes[2]
     hot_energy, cold_energy = (float(((op @ start) * start).sum()) for op in (operator, before))
     ratio = cold_energy / hot_energy if hot_energy > 0 else 1.0
@@ -179,8 +189,10 @@ def _decompose(matrix: Tensor) -> tuple[Array, Tensor]:
     return _numpy(values.flip(0)), vectors.flip(1).to(matrix.dtype)
 
 
-def _exact(curvature: Array, energy: Array, coloured: Array, white: Array, vectors: Tensor) -> Modes:
-    return Modes(curvature, energy, coloured, white, np.full(len(curvature), -1), 0, vectors[:, :_SHARP])
+def _exact(
+    curvature: Array, energy: Array, coloured: Array, white: Array, vectors: Tensor, white_error: float = 0.0
+) -> Modes:
+    return Modes(curvature, energy, coloured, white, np.full(len(curvature), -1), 0, vectors[:, :_SHARP], white_error)
 
 
 def _along(operator: Any, vectors: Tensor) -> Array:
@@ -204,17 +216,21 @@ def _shares(problem: Problem, points: Sequence[Tensor], seed: int) -> list[tuple
 
 
 def _noise_split(
-    problem: Problem, points: Sequence[Tensor], parts: list[Tensor], cold_at: Tensor, vectors: Tensor
-) -> tuple[Array, Array]:
-    """Variance over samples along the vectors: what it is at the cold point, and what it has beyond that."""
-    squares = np.zeros(vectors.shape[1])
-    for at, part in zip(points, parts, strict=False):
-        mean = _numpy(problem.gradient(at) @ vectors)
-        slopes = _numpy(noise.projections(problem, vectors, at, part))
-        squares += ((slopes - mean) ** 2).sum(0)
-    hot = squares / sum(map(len, parts))
+    problem: Problem, points: Sequence[Tensor], centre: Tensor, parts: list[Tensor], cold_at: Tensor, vectors: Tensor
+) -> tuple[Array, Array, float]:
+    """Variance over samples along the vectors: what it is at the cold point, what it has beyond that, its error."""
     cold = noise.in_directions(problem, vectors, cold_at).variance
-    return np.minimum(cold, hot), np.maximum(hot - cold, 0)
+    squares = np.zeros((len(points), vectors.shape[1]))
+    for i, (at, part) in enumerate(zip(points, parts, strict=True)):
+        for where in (at, 2 * centre - at):
+            mean = _numpy(problem.gradient(where) @ vectors)
+            slopes = _numpy(noise.projections(problem, vectors, where, part))
+            squares[i] += ((slopes - mean) ** 2).sum(0) / 2
+    size = np.array([len(part) for part in parts], float)
+    hot = squares.sum(0) / size.sum()
+    each = squares.sum(1) / size
+    error = float(each.std(ddof=1) / math.sqrt(len(each)) / each.mean()) if len(each) > 1 and each.mean() > 0 else 0.0
+    return np.minimum(cold, hot), np.maximum(hot - cold, 0), error
 
 
 def _split(
@@ -251,4 +267,5 @@ def _joined(
         np.concatenate([top.probe, np.repeat(np.arange(probes), size)]),
         probes,
         top.vectors,
+        top.white_error,
     )

@@ -118,7 +118,7 @@ class Predictions:
         variances = forecast.variances(sgd, modes)
         plain = forecast._stationary(sgd, modes)
         cold, hot = (forecast._stationary(sgd, m) for m in (forecast.cold_bins, forecast.hot_bins))
-        scale = forecast.join(cold, hot)[0] / plain if plain > 0 else 1.0
+        scale = forecast.closure.join(cold, hot)[0] / plain if plain > 0 else 1.0
         exact = modes.exact
         stiff = np.maximum(modes.energy[exact] + sgd.weight_decay, 0)
         row["stationary_excess_loss"] = floor
@@ -142,10 +142,11 @@ class Predictions:
         if factor <= 0:
             return math.nan, 0.0
         curvature = np.maximum(bins.curvature, -sgd.weight_decay)
-        white = sgd.replace(sampling="replacement")
+        coloured, white = self.forecast.noise(sgd, bins)
+        anew = sgd.replace(sampling="replacement")
         moved = schemes.mean_squared_displacement(
-            sgd, curvature, bins.coloured * factor, lags, drop_last=self.forecast.standing.drop_last
-        ).sum(1) + schemes.mean_squared_displacement(white, curvature, bins.white * factor, lags).sum(1)
+            sgd, curvature, coloured * factor, lags, drop_last=self.forecast.standing.drop_last
+        ).sum(1) + schemes.mean_squared_displacement(anew, curvature, white * factor, lags).sum(1)
         if not moved[0] > 0:
             return math.nan, 0.0
         return float(np.log(moved[1] / moved[0]) / np.log(lags[1] / lags[0])), math.sqrt(moved[1] * scale)
@@ -158,7 +159,7 @@ class Predictions:
         cold, hot = (forecast.curve(sgd, modes, edges) for modes in (forecast.cold_bins, forecast.hot_bins))
         values = []
         for i, (c, h) in enumerate(zip(cold, hot, strict=True)):
-            fluctuation, level = forecast.join(float(c), float(h))
+            fluctuation, level = forecast.closure.join(float(c), float(h))
             middle = (edges[i] + edges[i + 1]) / 2 * sgd.effective_lr
             values.append(fluctuation + forecast.mean_energy(sgd, middle, level) if math.isfinite(level) else math.inf)
         off = np.abs(np.array(values) / values[-1] - 1) > 0.1
@@ -213,11 +214,9 @@ class Predictions:
         value = excess.value
         if math.isfinite(value):
             size = max(abs(value), 1e-300)
-            drift, error = standing.drift
-            run_excess = max(standing.loss - forecast.bottom, 1e-300)
             flag(
-                abs(drift) > limits["drift"] * run_excess and abs(drift) > 2.5 * error,
-                f"the run is not stationary: its loss changed by {drift:+.2g} across the record",
+                standing.drifts(max(standing.loss - forecast.bottom, 1e-300), limits["drift"]),
+                f"the run is not stationary: its loss changed by {standing.drift[0]:+.2g} across the record",
             )
             here = forecast.flows[sgd.weight_decay][0]
             wanted = forecast.steps * own.effective_lr

@@ -34,7 +34,8 @@ class Standing:
 
     ``losses`` is the objective (training loss with weight decay) at evenly spaced rows of the last half of the record,
     ``centre`` their mean weights, ``rows`` how many steps they cover; where the run did not record all its weights,
-    they come from training on for as long with the run's own settings (``continued``).
+    they come from training on for as long with the run's own settings (``continued``). ``points`` are weights at which
+    curvature and noise are measured, ``point_losses`` the objective there, and mirrored at the centre, on average.
     """
 
     problem: Problem
@@ -43,6 +44,7 @@ class Standing:
     velocity: Tensor
     centre: Tensor
     points: tuple[Tensor, ...]
+    point_losses: Array
     losses: Array
     rows: int
     continued: bool
@@ -67,6 +69,11 @@ class Standing:
         slope = time @ blocks / (time @ time)
         rest = blocks - blocks.mean() - slope * time
         return float(slope), float(np.sqrt(rest @ rest / (_BLOCKS - 2) / (time @ time)))
+
+    def drifts(self, excess: float, part: float) -> bool:
+        """Whether the objective changed across the rows by more than a part of the excess, for certain."""
+        change, error = self.drift
+        return abs(change) > part * excess and abs(change) > 2.5 * error
 
 
 def stand(
@@ -137,7 +144,9 @@ def stand(
         continued = True
     if not np.isfinite(losses).all():
         raise DivergedError("the training loss of the run is not finite", remedy="predict from a run that converges")
-    return Standing(problem, sgd, theta, velocity, centre, points, losses, span, continued, drop_last)
+    both = ((at, 2 * centre - at) for at in points)
+    there = np.array([np.mean([objective(problem, sgd.weight_decay, at) for at in pair]) for pair in both])
+    return Standing(problem, sgd, theta, velocity, centre, points, there, losses, span, continued, drop_last)
 
 
 def _continue(

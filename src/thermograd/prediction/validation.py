@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Validation", "default_settings", "validate"]
 
 _FROZEN = "predictions.json"
-_LOOKS = 25  # full losses in the window that is averaged
+_LOOKS = 75  # full losses in the window that is averaged
 # learning rate and batch size in units of the run's own, and momentum (None: the run's)
 _GRID: tuple[tuple[float, float, float | None], ...] = (
     (1, 1, None), (0.1, 1, None), (0.3, 1, None), (2, 1, None), (3, 1, None), (1, 0.25, None), (1, 0.5, None),
@@ -286,13 +286,18 @@ def observe(measured: Predictions, sgd: SGD, replicas: int, seed: int) -> dict[s
     """Train on from the run's last weights and momentum at another setting; the excess as predictions define it."""
     forecast = measured.forecast
     standing, steps = forecast.standing, forecast.steps
-    every = max(1, round(WINDOW * steps / _LOOKS))
     batches = math.ceil(sgd.steps_per_epoch)
-    while every > 1 and math.gcd(every, batches) > 1:  # all phases of an epoch are looked at in turn
-        every -= 1
+    first = int((1 - WINDOW) * steps / batches) * batches  # whole epochs: a new order is drawn after them anyway
+    every, looks = looks_at(steps - first, batches)
+    theta, velocity = standing.theta, standing.velocity
     try:
+        if first:
+            before = networks(standing.problem, replicas, first, sgd, start=theta, velocity=velocity, seed=seed)
+            if before.partial:
+                raise KeyboardInterrupt
+            theta, velocity = before.theta, before.velocity
         found = networks(
-            standing.problem, replicas, steps, sgd, start=standing.theta, velocity=standing.velocity, seed=seed,
+            standing.problem, replicas, every * looks, sgd, start=theta, velocity=velocity, seed=seed + 500,
             record_every=every,
         )  # fmt: skip
     except DivergedError:
@@ -300,12 +305,40 @@ def observe(measured: Predictions, sgd: SGD, replicas: int, seed: int) -> dict[s
     if found.partial:
         raise KeyboardInterrupt
     assert found.squared_norm is not None
-    last = found.step > (1 - WINDOW) * steps
-    losses = found.loss[:, last].mean(1)
-    objective = losses + sgd.weight_decay / 2 * found.squared_norm[:, last].mean(1)
+    losses = found.loss[:, 1:].mean(1)
+    objective = losses + sgd.weight_decay / 2 * found.squared_norm[:, 1:].mean(1)
     excess = objective - forecast.bottom
     return {
         "excess_loss": float(excess.mean()),
         "excess_loss_stderr": float(excess.std(ddof=1) / math.sqrt(replicas)),
         "training_loss": float(losses.mean()),
     }
+
+
+def looks_at(window: int, batches: int) -> tuple[int, int]:
+    """Steps between looks at the full loss, and how many: every phase of an epoch as often as any other.
+
+    The loss differs between the phases of a reshuffled epoch. Where an epoch has more steps than there are looks, the
+    stride is near the golden section of an epoch, which spreads them evenly.
+
+    >>> looks_at(600, 30), looks_at(600, 80)
+    ((19, 30), (7, 75))
+    """
+    looks = min(_LOOKS, window)
+    if batches <= looks:
+        choices = []
+        for count in range(batches, looks + 1, batches):
+            every = window // count
+            while math.gcd(every, batches) > 1:
+                every -= 1
+            choices.append((every, count))
+        enough = min(0.9 * window, max(every * count for every, count in choices))
+        return [choice for choice in choices if choice[0] * choice[1] >= enough][-1]
+    strides = range(max(1, round(0.6 * window / looks)), window // looks + 1)
+    golden = (3 - math.sqrt(5)) / 2
+
+    def unevenness(stride: int) -> float:
+        part = stride % batches / batches
+        return min(abs(part - golden), abs(part - 1 + golden))
+
+    return min(strides, key=unevenness), looks
