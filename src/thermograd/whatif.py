@@ -107,10 +107,12 @@ def predict(
     steps: int | None = None,
     **options: Any,
 ) -> xarray.Dataset:
-    """Predict what a run would do at other hyperparameters, trained on from where it ended.
+    r"""Predict what a run would do at other hyperparameters, trained on from where it ended.
 
-    Numbers or lists of numbers; each list becomes a dimension of the result. What is predicted and how:
-    :func:`thermograd.prediction.predict` and ``docs/predict.md``.
+    Numbers or lists of numbers; each list becomes a dimension of the result. The excess of the objective is the energy
+    of modes kicked by noise, :math:`\frac12\sum_l(h_l+\lambda)E\theta_l^2` (second moments exact for the sampling
+    scheme), plus where the mean of the weights stands on its way down; what is predicted and how:
+    :func:`thermograd.prediction.predict`, :mod:`thermograd.prediction.forecast` and ``docs/predict.md``.
 
     Args:
         run: the run's folder.
@@ -129,6 +131,20 @@ def predict(
     Raises:
         StoreError: no such run. InputError: arguments that are no hyperparameters, a run that cannot be predicted
             from.
+
+    >>> import tempfile, torch, thermograd as tg
+    >>> _, weights = torch.manual_seed(0), torch.zeros(2, requires_grad=True)
+    >>> points, folder = torch.randn(64, 2), tempfile.mkdtemp()
+    >>> problem = tg.Problem.from_function(lambda w, a: (w - a).square().sum(), weights, points)
+    >>> optimizer = torch.optim.SGD([weights], lr=0.05)
+    >>> with tg.Recorder(folder, problem, optimizer, batch_size=8, sampling="replacement"):
+    ...     for _ in range(400):
+    ...         optimizer.zero_grad()
+    ...         (weights - points[torch.randint(64, (8,))]).square().sum(1).mean().backward()
+    ...         _ = optimizer.step()
+    >>> found = tg.predict(folder, problem, lr=[0.01, 0.05], steps=200)
+    >>> found["excess_loss"].dims, bool(found["excess_loss"][0] < found["excess_loss"][1])
+    (('lr',), True)
     """
     ready = measured_run(run, problem, steps=steps, **options)
     return predict_measured(
@@ -165,6 +181,21 @@ def validate(
     Raises:
         InputError: fewer than two replicas, an open tree in place of a folder, a run that cannot be predicted from.
         StoreError: no such run, or the frozen predictions were changed or are for other settings.
+
+    >>> import tempfile, torch, thermograd as tg
+    >>> _, weights = torch.manual_seed(0), torch.zeros(2, requires_grad=True)
+    >>> points, folder = torch.randn(64, 2), tempfile.mkdtemp()
+    >>> problem = tg.Problem.from_function(lambda w, a: (w - a).square().sum(), weights, points)
+    >>> optimizer = torch.optim.SGD([weights], lr=0.05)
+    >>> with tg.Recorder(folder, problem, optimizer, batch_size=8, sampling="replacement"):
+    ...     for _ in range(400):
+    ...         optimizer.zero_grad()
+    ...         (weights - points[torch.randint(64, (8,))]).square().sum(1).mean().backward()
+    ...         _ = optimizer.step()
+    >>> own = tg.SGD(lr=0.05, batch_size=8, dataset_size=64, sampling="replacement")
+    >>> check = tg.validate(folder, problem, settings=[own, own.replace(lr=0.1)], steps=100, replicas=2)
+    >>> check.relative_error.shape, len(check.frozen)
+    ((2,), 64)
     """
     if folder is None and not isinstance(run, str | os.PathLike):
         raise InputError(
