@@ -1,8 +1,9 @@
 r"""Whether a run in progress has equilibrated, from a stream: fluctuation-dissipation and drift of the loss.
 
-Since the weights came to rest (or the learning rate was last changed), n steps ago, steps are divided into windows
-whose lengths grow with n, so that each window is a fixed part of all steps taken at this learning rate. At the end of a
-window two numbers are tested:
+Since the start (or since the learning rate was last changed), steps are divided into windows whose lengths grow with
+the steps before them, so that each window is a fixed part of all steps taken at this learning rate. Windows overlap:
+several are open at a time, their starts spaced evenly in the logarithm, so that the last of the steps are never far
+from the end of a window. At the end of a window two numbers are tested:
 
 * the share of the motion that wanders off,
 
@@ -39,15 +40,66 @@ _BLOCKS = 10
 _SAMPLES = 400  # weights looked at in a window
 
 
+class _Window:
+    """Steps ``start`` + 1 to ``end``: the mean weights of their first quarter, distances from it, moves and losses."""
+
+    def __init__(self, start: int, end: int):
+        self.start, self.end = start, end
+        self.centre: Tensor | None = None
+        self.centred = 0
+        self.distance: list[tuple[int, float]] = []
+        self.moves: list[float] = []
+        self.losses: list[float] = []
+
+    @property
+    def stride(self) -> int:
+        """Steps between looks at the weights: a power of two, so that windows look at the same steps."""
+        return 1 << max(1, (self.end - self.start) // _SAMPLES).bit_length() - 1
+
+    def look(self, step: int, after: Tensor, squared_move: float) -> None:
+        """Take the weights after a step into account."""
+        if self.centre is None or step <= self.start + (self.end - self.start) // 4:
+            self.centred += 1
+            if self.centre is None:
+                self.centre = after.detach().clone()
+            else:
+                self.centre += (after.detach() - self.centre) / self.centred
+            return
+        self.distance.append((step, float((after - self.centre).double().square().sum())))
+        self.moves.append(squared_move)
+
+    def wander(self, momentum: float, quantile: float) -> tuple[float, float] | None:
+        """The share of the motion that wanders off, and its bound."""
+        if len(self.distance) < 2 * _BLOCKS:
+            return None
+        change, error = _change(np.array([d for _, d in self.distance]))
+        length = self.distance[-1][0] - self.distance[0][0] + self.stride
+        scale = length * float(np.mean(self.moves)) * (1 + momentum)
+        if not scale > 0:
+            return None
+        value, error = ((1 - momentum) * x / scale for x in (change, error))
+        return _bounded(value, error, quantile)
+
+    def drift(self, quantile: float) -> tuple[float, float] | None:
+        """The relative change of the loss, and its bound; None where the loss is not known at every step."""
+        if len(self.losses) < self.end - self.start:
+            return None
+        losses = np.array(self.losses)
+        change, error = _change(losses)
+        mean = abs(float(losses.mean()))
+        return _bounded(change / mean, error / mean, quantile) if mean > 0 else (0.0, 0.0)
+
+
 class Equilibration:
     """Streaming test of whether training at the present learning rate has equilibrated.
 
-    It holds two vectors of P numbers, and a number for each step of the window. Weights are looked at in some 400 steps
-    of each window, the loss at each step.
+    It holds a vector of P numbers for each open window and one more, and a number for each step of a window. Weights
+    are looked at in 400 to 800 steps of each window, the same for most of them, the loss at each step.
 
     Args:
-        least: steps of the first window.
+        least: steps of the shortest window.
         growth: length of a window over all steps before it, since the last reset.
+        overlap: windows that are open at a time.
         tolerance: largest change of the loss across a window, relative to its mean, that still counts as none.
         wander_tolerance: the same for the share of the motion that wanders off.
         false_alarm: probability that one window of a run whose drift is as large as the tolerance is called
@@ -69,6 +121,7 @@ class Equilibration:
         *,
         least: int = 400,
         growth: float = 1.0,
+        overlap: int = 4,
         tolerance: float = 0.1,
         wander_tolerance: float = 0.1,
         false_alarm: float = 0.05,
@@ -76,15 +129,18 @@ class Equilibration:
         for name, value, fine in (
             ("least", least, least >= 40),
             ("growth", growth, growth > 0),
+            ("overlap", overlap, overlap >= 1 and overlap == int(overlap)),
             ("tolerance", tolerance, tolerance > 0),
             ("wander_tolerance", wander_tolerance, wander_tolerance > 0),
             ("false_alarm", false_alarm, 0 < false_alarm < 0.5),
         ):
             if not (fine and math.isfinite(value)):
                 raise InputError(
-                    f"{name} is {value}", expected="least >= 40, tolerances > 0, 0 < false_alarm < 0.5, growth > 0"
+                    f"{name} is {value}",
+                    expected="least >= 40, tolerances > 0, 0 < false_alarm < 0.5, growth > 0, overlap a whole number",
                 )
-        self.least, self.growth, self.tolerance = int(least), float(growth), float(tolerance)
+        self.least, self.growth, self.overlap = int(least), float(growth), int(overlap)
+        self.tolerance = float(tolerance)
         self.wander_tolerance, self.false_alarm = float(wander_tolerance), float(false_alarm)
         self.reset()
 
@@ -93,24 +149,22 @@ class Equilibration:
         self.steps = 0
         self.equilibrated = False
         self.windows = 0
-        self.wander: tuple[float, float] | None = None  # of the last whole window: value, bound
+        self.window: tuple[int, int] | None = None  # steps of the last whole window, and its results
+        self.wander: tuple[float, float] | None = None
         self.drift: tuple[float, float] | None = None
-        self._open_window(self.least)
+        self._open = [_Window(0, self.least)]
+        self._opened = 0
+        self._next = self._start_of(0)
 
-    def _open_window(self, length: int) -> None:
-        self._length, self._taken = length, 0
-        self._stride = max(1, length // _SAMPLES)
-        self._centre: Tensor | None = None
-        self._centred = 0
-        self._distance: list[tuple[int, float]] = []
-        self._moves: list[float] = []
-        self._losses: list[float] = []
-        self._momentum = 0.0
+    def _start_of(self, number: int) -> int:
+        """Where the window of a number begins; the length of the first is ``least`` or a little more."""
+        first = max(self.least / self.growth, 1.0)
+        return math.ceil(first * (1 + self.growth) ** (number / self.overlap))
 
     @property
     def wants_weights(self) -> bool:
         """Whether the weights before and after the coming step are looked at."""
-        return self._taken % self._stride == 0
+        return any(self.steps % window.stride == 0 for window in self._open)
 
     def add(self, before: Tensor | None, after: Tensor | None, loss: float | None, momentum: float) -> None:
         """Take one step into account.
@@ -121,58 +175,37 @@ class Equilibration:
             loss: minibatch loss of the step, None where it is not known (then the weights alone decide).
             momentum: of the step.
         """
+        step = self.steps
         if before is not None and after is not None:
-            self._look(before, after)
-        if loss is not None:
-            self._losses.append(float(loss))
-        self._momentum = float(momentum)
-        self._taken += 1
+            moved = float((after - before).double().square().sum())
+            for window in self._open:
+                if step % window.stride == 0:
+                    window.look(step + 1, after, moved)
         self.steps += 1
-        if self._taken == self._length:
-            self._close_window()
+        for window in self._open:
+            if loss is not None:
+                window.losses.append(float(loss))
+            if window.end == self.steps:
+                self._close(window, float(momentum))
+        self._open = [window for window in self._open if window.end > self.steps]
+        while self._next <= self.steps:
+            if self._next == self.steps:
+                self._open.append(_Window(self._next, self._next + round(self.growth * self._next)))
+            self._opened += 1
+            self._next = self._start_of(self._opened)
 
-    def _look(self, before: Tensor, after: Tensor) -> None:
-        if self._taken < self._length // 4 or self._centre is None:
-            self._centred += 1
-            if self._centre is None:
-                self._centre = after.detach().clone()
-            else:
-                self._centre += (after.detach() - self._centre) / self._centred
-            return
-        self._distance.append((self._taken, float((after - self._centre).double().square().sum())))
-        self._moves.append(float((after - before).double().square().sum()))
-
-    def _close_window(self) -> None:
+    def _close(self, window: _Window, momentum: float) -> None:
         self.windows += 1
+        self.window = (window.start, window.end)
         quantile = float(stdtrit(_BLOCKS - 2, 1 - self.false_alarm))
-        self.wander = self._wander(quantile)
-        self.drift = self._drift(quantile)
+        self.wander = window.wander(momentum, quantile)
+        self.drift = window.drift(quantile)
         within = self.wander is not None and self.wander[1] <= self.wander_tolerance
         self.equilibrated = within and (self.drift is None or self.drift[1] <= self.tolerance)
-        self._open_window(max(self.least, round(self.growth * self.steps)))
-
-    def _wander(self, quantile: float) -> tuple[float, float] | None:
-        if len(self._distance) < 2 * _BLOCKS:
-            return None
-        at = np.array([step for step, _ in self._distance], float)
-        change, error = _change(np.array([d for _, d in self._distance]))
-        scale = (at[-1] - at[0] + self._stride) * float(np.mean(self._moves)) * (1 + self._momentum)
-        if not scale > 0:
-            return None
-        value, error = ((1 - self._momentum) * x / scale for x in (change, error))
-        return _bounded(value, error, quantile)
-
-    def _drift(self, quantile: float) -> tuple[float, float] | None:
-        if len(self._losses) < self._length:  # not known at every step
-            return None
-        losses = np.array(self._losses)
-        change, error = _change(losses)
-        mean = abs(float(losses.mean()))
-        return _bounded(change / mean, error / mean, quantile) if mean > 0 else (0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, for a checkpoint."""
-        return copy.deepcopy(self.__dict__)
+        return copy.deepcopy({**self.__dict__, "_open": [dict(window.__dict__) for window in self._open]})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
@@ -182,7 +215,13 @@ class Equilibration:
         """
         if set(state) != set(self.__dict__):
             raise StoreError("the state is not that of an equilibration test", expected="what state_dict() returned")
-        self.__dict__.update(copy.deepcopy(dict(state)))
+        found = copy.deepcopy(dict(state))
+        windows = []
+        for kept in found.pop("_open"):
+            window = _Window(0, 0)
+            window.__dict__.update(kept)
+            windows.append(window)
+        self.__dict__.update(found, _open=windows)
 
 
 def _change(series: np.ndarray) -> tuple[float, float]:
