@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
+from thermograd import Problem
 from thermograd.continual import EWC, Constraint, L2ToAnchor, LandscapeConstraint, LayerLandscape, SynapticIntelligence
+from thermograd.errors import InputError
+from thermograd.landscape import gauss_newton
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -117,3 +120,29 @@ def test_the_curvature_held_is_that_of_the_whole_network(network: Any) -> None:
     whole = LayerLandscape(memory_per_weight=None).fit(model, LOSS, (X, y)).form
     held = sum(float(part.curvature.sum()) for _, part in whole.parts.values())  # type: ignore[attr-defined]
     assert held == pytest.approx(exact)
+
+
+class Sequences(nn.Module):
+    """Outputs at every position, [n, C, T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gru, self.head = nn.Embedding(7, 4), nn.GRU(4, 4, batch_first=True), nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(self.embed(x))[0]).transpose(1, 2)
+
+
+def test_outputs_at_every_position_by_labels_drawn_from_the_model() -> None:
+    torch.manual_seed(0)
+    model, x = Sequences().double(), torch.randint(0, 7, (20, 4))
+    problem = Problem(model, LOSS, (x, x.flip(0)))
+    exact = gauss_newton(problem).dense()
+    ewc = EWC(draws=200).fit(problem).form.curvature  # type: ignore[attr-defined]
+    error = (ewc - exact.diagonal()).norm() / exact.diagonal().norm()
+    assert float(error) < 5 / math.sqrt(20 * 200)
+    whole = LayerLandscape(draws=200, memory_per_weight=None).fit(problem).form
+    held = sum(float(part.curvature.sum()) for _, part in whole.parts.values())  # type: ignore[attr-defined]
+    assert held == pytest.approx(float(ewc.sum()))  # the same labels
+    with pytest.raises(InputError, match="draws=1"):
+        EWC().fit(problem)
