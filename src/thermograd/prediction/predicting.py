@@ -39,6 +39,9 @@ LIMITS = {
     "error": 0.5,  # standard error over the excess
     "moved": 1.0,  # by how much another weight decay moves the bottom, over the excess
 }
+_WITHOUT_REST = (  # infinite where there is no stationary state
+    "stationary_excess_loss", "loss_variance", "minibatch_loss_variance", "equilibration_steps", "decay_drop",
+)  # fmt: skip
 _SWEPT = ("lr", "batch_size", "momentum", "weight_decay", "sampling")
 _MODES = 10
 _PAIRS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -119,6 +122,9 @@ class Predictions:
         plain = forecast._stationary(sgd, modes)
         cold, hot = (forecast._stationary(sgd, m) for m in (forecast.cold_bins, forecast.hot_bins))
         scale = forecast.closure.join(cold, hot)[0] / plain if plain > 0 else 1.0
+        if not math.isfinite(scale):  # stable for these steps only
+            row |= dict.fromkeys(_WITHOUT_REST, math.inf)
+            return
         exact = modes.exact
         stiff = np.maximum(modes.energy[exact] + sgd.weight_decay, 0)
         row["stationary_excess_loss"] = floor
@@ -212,6 +218,10 @@ class Predictions:
             f"the run's own fluctuation is {forecast.kappa:.2f} of what its curvature and noise give",
         )
         value = excess.value
+        flag(
+            math.isfinite(value) and not math.isfinite(row["stationary_excess_loss"]),
+            "nothing is stationary at this setting: given more steps, the noise grows with the spread it causes",
+        )
         if math.isfinite(value):
             size = max(abs(value), 1e-300)
             flag(
