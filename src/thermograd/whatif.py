@@ -70,7 +70,7 @@ def _rebuild(run: Any) -> tuple[Problem, dict[str, Any]]:
     """The problem with all weights, and the state that training ended in."""
     if not isinstance(run, str | os.PathLike):
         raise InputError(f"the run is a {type(run).__name__}", expected="the path of a run's folder, or a problem too")
-    folder = of_configuration(run, "pass its problem in Python")
+    folder = of_configuration(run, "call thermograd.predict(path, problem), or validate, in Python")
     if not is_complete(folder):
         raise StoreError(f"the run in {folder} is not trained to its end", remedy="resume it first")
     config = configuration.load(folder / CONFIG)
