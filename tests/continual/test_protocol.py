@@ -70,6 +70,26 @@ def test_permuted_streams_move_pixels_and_nothing_else() -> None:
     assert not torch.equal(tasks[1].test[0], tasks[2].test[0])
 
 
+def test_standardised_by_what_the_first_task_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, moved = (stream("digits", "class", 5, standardise=yes) for yes in (False, True))
+    first = moved.tasks[0].train[0]
+    assert first.mean().item() == pytest.approx(0, abs=1e-6)
+    assert first.std().item() == pytest.approx(1)
+    mean, scale = plain.tasks[0].train[0].mean(), plain.tasks[0].train[0].std()
+    for task, before in zip(moved.tasks, plain.tasks):
+        for part, old in ((task.train, before.train), (task.validation, before.validation), (task.test, before.test)):
+            torch.testing.assert_close(part[0], (old[0] - mean) / scale)
+            assert torch.equal(part[1], old[1])
+    random = torch.Generator().manual_seed(0)
+    shifts = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    X = torch.rand(400, 3, 4, 4, generator=random) * shifts
+    images = tg.data.Dataset(X, torch.arange(400) % 4, tuple("abcd"), "images")
+    monkeypatch.setattr(tg.data, "load", lambda *_, **__: images)
+    X = stream("images", "domain", 2, standardise=True).tasks[0].train[0]
+    torch.testing.assert_close(X.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(X.std((0, 2, 3)), torch.ones(3))
+
+
 def test_streams_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match="4 tasks of the 10 classes"):
         stream("digits", "class", 4)

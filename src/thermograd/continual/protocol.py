@@ -88,7 +88,7 @@ class _Bench:
         part = settings.stream
         self.stream: Stream = stream(
             part.data, part.scenario, part.tasks, folder=part.folder, n=part.n, n_test=part.n_test,
-            validation=part.validation,
+            validation=part.validation, standardise=part.standardise,
         )  # fmt: skip
         self.choices = {name: _choices(name, method) for name, method in settings.methods.items()}
         for choices in self.choices.values():
@@ -102,6 +102,8 @@ class _Bench:
             exclude={"methods": True, "protocol": {"seeds", "selection_seeds", "seed", "baseline", "out"}}
         )
         kept["stream"].pop("folder")
+        if not part.standardise:  # cells are older than this key
+            kept["stream"].pop("standardise")
         self.common = json.dumps([_VERSION, kept], sort_keys=True)
 
     def compare(self) -> Comparison:

@@ -28,6 +28,7 @@ class StreamSettings(Section):
     n: int | None = Field(default=None, ge=10, description="most training samples of a task")
     n_test: int | None = Field(default=None, ge=1, description="most test samples of a task")
     validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training samples to choose on")
+    standardise: bool = Field(default=False, description="whether channels get mean 0 and standard deviation 1")
 
 
 class NetworkSettings(Section):

@@ -47,6 +47,7 @@ def stream(
     n: int | None = None,
     n_test: int | None = None,
     validation: float = 0.1,
+    standardise: bool = False,
 ) -> Stream:
     """Cut a data set into a sequence of tasks.
 
@@ -60,6 +61,8 @@ def stream(
         n: most training samples of a task, validation included.
         n_test: most test samples of a task.
         validation: share of the training samples on which hyperparameters are chosen.
+        standardise: give each channel of images (or all features together) mean 0 and standard deviation 1, those of
+            the first task's training samples: of later ones nothing is known when it is learned.
 
     Raises:
         InputError: the classes cannot be dealt out evenly; a share or a number out of range.
@@ -98,6 +101,8 @@ def stream(
         outputs = tuple(range(t * size, (t + 1) * size)) if scenario == "task" else None
         apart = (whole[0][:kept], whole[1][:kept]), (whole[0][kept:], whole[1][kept:])
         found.append(Task(*apart, held, outputs))
+    if standardise:
+        found = _standardised(found)
     width = {"task": classes, "domain": size, "class": classes, "permuted": classes}[scenario]
     return Stream(tuple(found), tuple(found[0].train[0].shape[1:]), width)
 
@@ -122,6 +127,17 @@ def _of_classes(part: Pair, first: int, size: int, scenario: Scenario) -> Pair:
 
 def _permuted(part: Pair, order: Tensor) -> Pair:
     return part[0].flatten(1)[:, order].view_as(part[0]), part[1]
+
+
+def _standardised(tasks: list[Task]) -> list[Task]:
+    X = tasks[0].train[0]
+    over = (0, 2, 3) if X.ndim == 4 else tuple(range(X.ndim))
+    mean, scale = X.mean(over, keepdim=True), X.std(over, keepdim=True)
+
+    def moved(part: Pair) -> Pair:
+        return (part[0] - mean) / scale, part[1]
+
+    return [Task(moved(task.train), moved(task.validation), moved(task.test), task.outputs) for task in tasks]
 
 
 def _few(part: Pair, n: int | None, random: torch.Generator) -> Pair:
