@@ -8,7 +8,7 @@ import torch
 
 import thermograd as tg
 from thermograd.errors import InputError
-from thermograd.prediction.descent import descend
+from thermograd.prediction.descent import descend, flow_time
 
 
 def bowl(curvature):
@@ -47,3 +47,18 @@ def test_it_stops_where_the_work_would_be_too_much(monkeypatch):
     found = descend(bowl(np.array([100.0, 1.0])), 0.0, torch.ones(2, dtype=torch.float64), 50.0, 100.0)
     assert 0 < found.time[-1] < 1
     assert found.at(50.0) == found.loss[-1]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("momentum", "before"), [(0.99, 0.9), (0.9, 0.0), (0.5, 0.95), (0.9, 0.9)])
+def test_the_mean_lags_behind_the_flow_while_momentum_builds_up(momentum, before, nesterov):
+    sgd = tg.SGD(lr=0.01, momentum=momentum, nesterov=nesterov)
+    own = tg.SGD(lr=0.02, momentum=before)
+    slow = 1e-3 * (1 - momentum) ** 2 / 0.01  # a mode far slower than the momentum
+    at, buffer = 1.0, slow / (1 - before)
+    for steps in range(1, 1001):
+        pull = slow * at
+        buffer = momentum * buffer + pull
+        at -= 0.01 * (pull + momentum * buffer if nesterov else buffer)
+        if steps in (1, 30, 1000):
+            assert 1 - at == pytest.approx(-np.expm1(-slow * flow_time(sgd, steps, own)), rel=5e-3)

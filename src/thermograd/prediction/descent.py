@@ -24,9 +24,10 @@ from ..progress import bar
 from ..theory.arrays import Array
 
 if TYPE_CHECKING:
+    from ..hyperparameters import SGD
     from ..problem import Problem
 
-__all__ = ["Descent", "descend", "objective"]
+__all__ = ["Descent", "descend", "flow_time", "objective"]
 
 _GROWTH = 0.3  # length of a step over the time since the start
 _SAFETY = 1.4  # by how much the curvature along the way may exceed the one given
@@ -58,6 +59,29 @@ class Descent:
         first = self.time[1]
         scale = np.log1p(self.time / first)
         return float(PchipInterpolator(scale, self.loss)(min(math.log1p(time / first), scale[-1])))
+
+
+def flow_time(sgd: SGD, steps: float, before: SGD) -> float:
+    r"""How far along the flow the mean of the weights is after some steps, late by the time momentum takes to build up.
+
+    Under a gradient g that hardly changes the buffer is :math:`b_k=\beta^k b_0+(1-\tau)g\frac{1-\beta^k}{1-\beta}`, and
+    training before has left :math:`b_0=(1-\tau_0)g/(1-\beta_0)`; the time is :math:`\eta\sum_k b_k/g`. With as much
+    momentum as before it is :math:`\eta k(1-\tau)/(1-\beta)`; a rise of momentum to 0.99 costs 90 steps after 0.9.
+
+    Args:
+        sgd: hyperparameters of the steps.
+        steps: how many, k.
+        before: hyperparameters of the training that ended with the buffer.
+
+    >>> from thermograd import SGD
+    >>> own = SGD(lr=0.1, momentum=0.9)
+    >>> flow_time(own, 50, own).__round__(9), flow_time(SGD(lr=0.01, momentum=0.99), 2000, own).__round__(3)
+    (50.0, 1910.9)
+    """
+    beta, gain = sgd.momentum, 1 - sgd.dampening
+    kept = beta * (1 - beta**steps) / (1 - beta)  # sum of beta^k
+    sums = gain * (steps - kept) / (1 - beta) + kept * (1 - before.dampening) / (1 - before.momentum)
+    return sgd.lr * (gain * steps + beta * sums if sgd.nesterov else sums)
 
 
 def objective(problem: Problem, weight_decay: float, theta: Tensor) -> float:

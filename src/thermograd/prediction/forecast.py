@@ -34,7 +34,7 @@ from ..theory import sampling as schemes
 from ..theory.arrays import Array
 from ..theory.stability import largest_stable_curvature
 from .closure import TRUST, Closure
-from .descent import Descent
+from .descent import Descent, flow_time
 from .memory import repeated_share
 from .modes import Modes
 from .moments import block_moments, epoch_batches
@@ -213,7 +213,8 @@ class Forecast:
         fluctuation, level = self.closure.join(cold, hot)
         if not math.isfinite(level):
             return Excess(math.inf, math.inf, math.inf, math.nan, level)
-        mean = self.mean_energy(sgd, (1 - WINDOW / 2) * steps * sgd.effective_lr, level)
+        time = flow_time(sgd, (1 - WINDOW / 2) * steps, self.standing.sgd)
+        mean = self.mean_energy(sgd, time, level)
         error = self._error(sgd, edges, fluctuation, cold, hot, level, mean)
         return Excess(fluctuation + mean, error, fluctuation, mean, level)
 

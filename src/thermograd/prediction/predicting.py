@@ -16,6 +16,7 @@ from ..theory import sampling as schemes
 from ..theory.arrays import Array
 from ..theory.kramers import escape_time_momentum
 from ..theory.stability import largest_stable_curvature
+from .descent import flow_time
 from .forecast import Excess, Forecast
 from .measuring import flows_for, measure
 from .modes import Modes
@@ -166,8 +167,8 @@ class Predictions:
         values = []
         for i, (c, h) in enumerate(zip(cold, hot, strict=True)):
             fluctuation, level = forecast.closure.join(float(c), float(h))
-            middle = (edges[i] + edges[i + 1]) / 2 * sgd.effective_lr
-            values.append(fluctuation + forecast.mean_energy(sgd, middle, level) if math.isfinite(level) else math.inf)
+            time = flow_time(sgd, (edges[i] + edges[i + 1]) / 2, self.sgd)
+            values.append(fluctuation + forecast.mean_energy(sgd, time, level) if math.isfinite(level) else math.inf)
         off = np.abs(np.array(values) / values[-1] - 1) > 0.1
         if not np.isfinite(values[-1]) or values[-1] <= 0 or off[-2]:
             return math.inf
