@@ -15,6 +15,7 @@ from .feng_tu_protocol import (
     SCHEMES,
     correlation_times,
     explore,
+    fitted_over,
     in_bases,
     middle,
     modes_of,
@@ -93,7 +94,8 @@ def fig1(bench: Bench) -> Outcome:
         "With the variances of another window, or along the Hessian's eigenvectors, the exponents are "
         f"{np.mean(each('reshuffle_out')):.1f} and {np.mean(each('reshuffle_hess')):.1f}.",
     )
-    return Outcome(tuple(rows), _spectrum_panels(found), caveats, note(bench, found))
+    used = " Exponents against rank are over components 21 to 100, or fewer where the window has fewer rows."
+    return Outcome(tuple(rows), _spectrum_panels(found), caveats, note(bench, found) + used)
 
 
 def _spectra(bench: Bench, seed: int) -> dict[str, Any]:
@@ -225,7 +227,8 @@ def fig2(bench: Bench) -> Outcome:
         "flat directions shares."
     )
     labels = [f"PC {k + 1}" for k in shown]
-    return Outcome(tuple(rows), _relation_panels(found, labels), caveats, note(bench, found) + theory)
+    protocol = note(bench, found) + fitted_over(*sizes(bench)) + theory
+    return Outcome(tuple(rows), _relation_panels(found, labels), caveats, protocol)
 
 
 def _relation_panels(found: list[dict[str, _Array]], labels: list[str]) -> tuple[Panel, ...]:
@@ -319,6 +322,8 @@ def fig2_sweep(bench: Bench) -> Outcome:
     )
     return Outcome(
         tuple(rows), (panel,), caveats,
-        f"{note(bench, found)} Other settings start from the same network. Exact: the epoch-noise theory with measured "
-        "curvature and noise, nothing fitted; its power of α and of 1/B is 2 each where the whole layer is flat.",
+        f"{note(bench, found)}{fitted_over(components, hessian, count * 2 // 3)} Of a window of few rows "
+        "components up to half their number are used. Other settings start from the same network. Exact: the "
+        "epoch-noise theory with measured curvature and noise, nothing fitted; its power of α and of 1/B is 2 each "
+        "where the whole layer is flat.",
     )  # fmt: skip

@@ -17,6 +17,7 @@ from .feng_tu_protocol import (
     Run,
     components_of,
     explore,
+    fitted_over,
     middle,
     modes_of,
     note,
@@ -103,10 +104,10 @@ def fig3(bench: Bench) -> Outcome:
         tuple(rows),
         _temperature_panels(found[0], lr),
         (),
-        f"{note(bench, found)} {batches} minibatches of 50, five displacements between -F/10 and F/10 along "
-        f"{len(found[0]['pc_flatness'])} directions of each basis. T is a property of a point, the centre of the first "
-        "window; σ² and τ are those of a window. Exact beside the temperature away from the centre is the parabola "
-        "from the scatter of curvatures and forces.",
+        f"{note(bench, found)}{fitted_over(*sizes(bench))} {batches} minibatches of 50, five displacements between "
+        f"-F/10 and F/10 along {len(found[0]['pc_flatness'])} directions of each basis. T is a property of a point, "
+        "the centre of the first window; σ² and τ are those of a window. Exact beside the temperature away from the "
+        "centre is the parabola from the scatter of curvatures and forces.",
     )
 
 
@@ -210,8 +211,8 @@ def fig4(bench: Bench) -> Outcome:
     window = 10 * round(standard(ready(bench, bench.seeds[0])).steps_per_epoch)
     return Outcome(
         tuple(rows), (panel,), caveats,
-        f"{note(bench, found)} Exact: the epoch-noise theory for a window of {window} steps with its line removed, "
-        "from the measured curvatures; nothing fitted.",
+        f"{note(bench, found)}{fitted_over(*sizes(bench))} Exact: the epoch-noise theory for a window of {window} "
+        "steps with its line removed, from the measured curvatures; nothing fitted.",
     )  # fmt: skip
 
 

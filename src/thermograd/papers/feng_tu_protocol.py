@@ -31,6 +31,7 @@ __all__ = [
     "correlation_times",
     "exact_window",
     "explore",
+    "fitted_over",
     "in_bases",
     "middle",
     "modes_of",
@@ -234,6 +235,14 @@ def theory_line(one: dict[str, _Array], what: str) -> Series:
     order = np.argsort(one["reshuffle_hess_flatness"])
     x, y = one["reshuffle_hess_flatness"][order], one[f"reshuffle_exact_{what}"][order]
     return Series("theory, Hessian basis", x, y, None, "line", 3)
+
+
+def fitted_over(components: int, hessian: int, count: int) -> str:
+    """Which directions the exponents are fitted over, in words."""
+    return (
+        f" Exponents and medians are over {count} of the principal components 2 to {components} and {count} of the "
+        f"{hessian} sharpest modes of the layer's Hessian in the trained network, evenly spaced in rank."
+    )
 
 
 def note(bench: Bench, found: list[Any]) -> str:
