@@ -147,8 +147,15 @@ def test_arguments_that_make_no_sense_are_named(trained, tmp_path):
         ({"steps": float("nan")}, "steps is nan"),
         ({"steps": float("inf")}, "steps is inf"),
         ({"sgd": {"lr": 0.1}}, "sgd is a dict"),
+        ({"momentum": [[0.1], [0.2, 0.3]]}, "a number, or a list of numbers"),
+        ({"momentum": np.zeros((2, 2))}, "a number, or a list of numbers"),
+        ({"momentum": torch.tensor([0.1, 0.2])}, "a number, or a list of numbers"),
+        ({"batch_size": float("nan")}, "batch_size is nan"),
+        ({"batch_size": float("inf")}, "batch_size is inf"),
+        ({"lr": []}, "a number, or a list of numbers"),
     ):
         with pytest.raises(InputError, match=says):
             tg.predict(folder, problem, **change)
+    assert tg.predict(folder, problem, momentum=np.array(0.5), steps=50)["excess_loss"].dims == ()
     with pytest.raises(InputError, match="path of its folder"):
         tg.validate(tg.open_run(folder), problem)

@@ -51,8 +51,8 @@ class Advice(Measurement):
             else "the loss is not yet equilibrated at the end of the budget"
         )
         return (
-            f"Of {self.budget} steps: {rest}. Lowering the rate by {self.factor:g} at step {self.best_step} leaves an "
-            f"excess of {self.best_excess:.3g}, never lowering it {self.constant_excess:.3g}."
+            f"Of {self.budget} steps: {rest}. Multiplying the rate by {self.factor:g} at step {self.best_step} leaves "
+            f"an excess of {self.best_excess:.3g} over the bottom, never lowering it {self.constant_excess:.3g}."
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -81,15 +81,15 @@ def advise(measured: Predictions, budget: int, *, sgd: SGD | None = None, factor
     Raises:
         InputError: a budget of less than five epochs or 100 steps, or a factor outside (0, 1).
     """
-    own = sgd or measured.sgd
-    least = max(100, 5 * len(epoch_batches(own)))
-    if budget < least or int(budget) != budget:
+    own, drop_last = sgd or measured.sgd, measured.forecast.standing.drop_last
+    epoch = len(epoch_batches(own, drop_last=drop_last))
+    least = max(100, 5 * epoch)
+    if not least <= budget < math.inf or int(budget) != budget:
         raise InputError(f"budget is {budget}", expected=f"a whole number of steps, at least {least}")
     if not 0 < factor < 1:
         raise InputError(f"factor is {factor}", expected="a number between 0 and 1")
     forecast = measured.forecast
     low = own.replace(lr=own.lr * factor)
-    epoch = len(epoch_batches(own))
     choices = np.unique((np.linspace(0, 1 - 2 * _END, _CHOICES) * budget / epoch).round().astype(int) * epoch)
     excess = np.array([_final(forecast, own, low, int(step), int(budget)) for step in choices])
     constant = _final(forecast, own, own, 0, int(budget))
@@ -105,7 +105,7 @@ def _final(forecast: Forecast, high: SGD, low: SGD, change: int, budget: int) ->
     modes = forecast.hot_bins
     spread = np.zeros(len(modes.curvature))
     if change:
-        epoch = len(epoch_batches(high))
+        epoch = len(epoch_batches(high, drop_last=forecast.standing.drop_last))
         spread = forecast.moments(high, modes, np.array([max(0, change - epoch), change]))[0]
     left = budget - change
     edges = np.array([left - max(1, math.ceil(_END * budget)), left])

@@ -37,7 +37,7 @@ from .closure import TRUST, Closure
 from .descent import Descent, flow_time
 from .memory import repeated_share
 from .modes import Modes
-from .moments import block_moments, epoch_batches
+from .moments import block_moments, epoch_batches, epoch_profile
 from .standing import Standing
 
 __all__ = ["Excess", "Forecast"]
@@ -195,6 +195,16 @@ class Forecast:
         )  # fmt: skip
         return found.position
 
+    def phases(self, sgd: SGD, modes: Modes) -> Array:
+        """Stationary mean square of each mode after every step of an epoch, [batches, n]."""
+        batches = epoch_batches(sgd, drop_last=self.standing.drop_last)
+        if sgd.sampling == "shuffle-once" or (len(batches) == 1 and sgd.sampling != "replacement"):
+            return self.variances(sgd, modes)[None]  # averages over orders, or no noise at all
+        coloured, white = self.noise(sgd, modes)
+        return epoch_profile(
+            sgd, self._bounded(sgd, modes), coloured, white=white, drop_last=self.standing.drop_last
+        )  # fmt: skip
+
     def _unresolved(self, sgd: SGD) -> float:
         """What the mean of the run's rows still fluctuates by: fluctuation that its loss counts as static."""
         modes, rows = self.hot_bins, self.standing.rows
@@ -202,7 +212,7 @@ class Forecast:
         coloured, white = self.noise(sgd, modes)
         anew = sgd.replace(sampling="replacement")
         within = schemes.weight_variance_window(
-            sgd, curvature, coloured * factor, rows
+            sgd, curvature, coloured * factor, rows, drop_last=self.standing.drop_last
         ) + schemes.weight_variance_window(anew, curvature, white * factor, rows)
         return 0.5 * float(self.energies(sgd, modes) @ np.maximum(self.variances(sgd, modes) - within, 0))
 

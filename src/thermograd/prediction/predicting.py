@@ -126,14 +126,9 @@ class Predictions:
         if not math.isfinite(scale):  # stable for these steps only
             row |= dict.fromkeys(_WITHOUT_REST, math.inf)
             return
-        exact = modes.exact
-        stiff = np.maximum(modes.energy[exact] + sgd.weight_decay, 0)
         row["stationary_excess_loss"] = floor
-        row["weight_variance"] = _padded(variances[exact][:_MODES] * scale)
-        row["loss_variance"] = float(0.5 * ((stiff * variances[exact] * scale) ** 2).sum())
-        row["minibatch_loss_variance"] = (
-            forecast.fits["sample_loss_variance"] * sgd.minibatch_factor + row["loss_variance"]
-        )
+        row["weight_variance"] = _padded(variances[modes.exact][:_MODES] * scale)
+        row["loss_variance"], row["minibatch_loss_variance"] = self._loss_variances(sgd, modes, variances, scale)
         row["diffusion_exponent"], row["distance"] = self._diffusion(sgd, modes, ahead, scale)
         row["equilibration_steps"] = self._equilibration(sgd, ahead)
         row["escape_steps"] = self._escape(sgd, modes, variances * scale)
@@ -142,6 +137,28 @@ class Predictions:
         if gain > 0 and sgd.batch_size is not None and forecast.top > 0:
             fastest = sgd.lr * (largest_stable_curvature(sgd) + sgd.weight_decay) / (forecast.top + sgd.weight_decay)
             row["critical_batch_size"] = sgd.batch_size * gain * fastest / sgd.lr
+
+    def _loss_variances(self, sgd: SGD, modes: Modes, variances: Array, scale: float) -> tuple[float, float]:
+        r"""Variance in time of the loss over all samples, and of the minibatch loss from step to step.
+
+        With s the mean squares at a step of an epoch and modes that are independent and Gaussian,
+        :math:`\frac12\sum_l(h_ls_l)^2` averaged over the epoch, and the variance over it of the mean
+        :math:`\frac12\sum_l h_ls_l`. What a minibatch adds is the variance of the samples' losses,
+        :math:`\mathrm{Var}\,\ell+\sum_l c_ls_l` with c that of their gradients, over its size.
+        """
+        forecast, exact, bins = self.forecast, modes.exact, modes.binned()
+        phases = forecast.phases(sgd, bins)  # [batches, bins]
+        total, single = 0.5 * phases @ forecast.energies(sgd, bins), np.flatnonzero(bins.probe < 0)
+        order = single[np.argsort(bins.curvature[single])]
+        with np.errstate(invalid="ignore"):
+            uneven = np.nan_to_num((phases**2).mean(0) / phases.mean(0) ** 2, nan=1.0)
+        uneven = np.interp(modes.curvature[exact], bins.curvature[order], uneven[order])
+        energy = forecast.energies(sgd, modes)[exact] * variances[exact]
+        whole = scale**2 * float(0.5 * (energy**2 * uneven).sum() + total.var())
+        sizes = epoch_batches(sgd, drop_last=forecast.standing.drop_last)
+        factor = float(np.mean([sgd.replace(batch_size=int(n)).minibatch_factor for n in sizes]))
+        spread = scale * float((modes.coloured + modes.white)[exact] @ variances[exact])
+        return whole, factor * (forecast.fits["sample_loss_variance"] + spread) + whole
 
     def _diffusion(self, sgd: SGD, modes: Modes, ahead: int, scale: float) -> tuple[float, float]:
         bins = modes.binned()
@@ -364,18 +381,21 @@ def predict(
 
 def _axis(name: str, value: Any) -> tuple[list[Any], bool]:
     """The values of one argument, and whether it is a dimension."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-    values = list(np.asarray(value).reshape(-1).tolist()) if several else [value]
-    if several and (np.ndim(value) != 1 or not values):
-        raise InputError(f"{name} has shape {np.shape(value)}", expected="a number, or a list of numbers")
+    values = (value.tolist() if isinstance(value, np.ndarray) else list(value)) if several else [value]
+    nested = any(isinstance(one, Sequence | np.ndarray) and not isinstance(one, str) for one in values)
+    if nested or not values:
+        raise InputError(f"{name} is {value!r}", expected="a number, or a list of numbers")
     if len(set(values)) != len(values):
         raise InputError(f"{name} has a value twice", expected="different values")
     for one in values:
         if name == "sampling" and not isinstance(one, str):
             raise InputError(f"sampling is {one!r}", expected="the name of a sampling scheme")
         if name != "sampling" and (isinstance(one, bool | str) or not isinstance(one, int | float | np.number)):
-            raise InputError(f"{name} is {one!r}", expected="a number")
-        if name == "batch_size" and float(one) != int(one):
+            raise InputError(f"{name} is {one!r}", expected="a number, or a list of numbers")
+        if name == "batch_size" and not (math.isfinite(one) and float(one) == int(one)):
             raise InputError(f"batch_size is {one}", expected="a whole number")
     if name == "batch_size":
         values = [int(one) for one in values]
