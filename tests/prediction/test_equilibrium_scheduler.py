@@ -47,6 +47,18 @@ def test_a_run_at_rest_is_recognised():
     assert found >= 18
 
 
+def test_a_rise_need_not_be_excluded_but_one_that_is_shown_is_no_equilibrium():
+    found = {}
+    for fall in (0.05, -0.05, -0.4):
+        meters = [Equilibration(least=400) for _ in range(20)]
+        for seed, meter in enumerate(meters):
+            feed(meter, 400, rng=np.random.default_rng(seed), drift=fall, loss_noise=0.08)
+        found[fall] = sum(meter.equilibrated for meter in meters)
+    assert found[-0.05] >= 18  # no fall, whatever the noise
+    assert found[0.05] < found[-0.05]  # this noise does not always exclude that 10% were lost
+    assert found[-0.4] == 0
+
+
 def test_noise_too_large_to_tell_is_not_called_equilibrium():
     meter = Equilibration(least=200)
     feed(meter, 200, rng=np.random.default_rng(2), loss_noise=0.5)

@@ -17,7 +17,8 @@ from the end of a window. At the end of a window two numbers are tested:
 
 Both are tests of *equivalence*: the run counts as equilibrated when both are shown to lie within their tolerances, not
 when a drift merely cannot be seen. Slopes are fitted to ten block means, and a confidence bound (Student's t, 8
-degrees of freedom) has to lie within the tolerance.
+degrees of freedom) has to lie within the tolerance. Of the loss it is a *fall* that has to be excluded: a rise beyond
+the tolerance must not be shown, but need not be excluded too, as it gives no reason to go on.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class _Window:
         losses = np.array(self.losses)
         change, error = _change(losses)
         mean = abs(float(losses.mean()))
-        return _bounded(change / mean, error / mean, quantile) if mean > 0 else (0.0, 0.0)
+        return _not_falling(change / mean, error / mean, quantile) if mean > 0 else (0.0, 0.0)
 
 
 class Equilibration:
@@ -100,7 +101,7 @@ class Equilibration:
         least: steps of the shortest window.
         growth: length of a window over all steps before it, since the last reset.
         overlap: windows that are open at a time.
-        tolerance: largest change of the loss across a window, relative to its mean, that still counts as none.
+        tolerance: largest fall of the loss across a window, relative to its mean, that still counts as none.
         wander_tolerance: the same for the share of the motion that wanders off.
         false_alarm: probability that one window of a run whose drift is as large as the tolerance is called
             equilibrated: the level of each of the two tests, both of which have to pass.
@@ -236,6 +237,16 @@ def _change(series: np.ndarray) -> tuple[float, float]:
 def _bounded(value: float, error: float, quantile: float) -> tuple[float, float]:
     """A number and the bound on its size; a number that is not finite is bounded by nothing."""
     bound = float(abs(value) + quantile * error)
+    return float(value), bound if math.isfinite(bound) else math.inf
+
+
+def _not_falling(value: float, error: float, quantile: float) -> tuple[float, float]:
+    """A change, and the largest fall that is not excluded, or the smallest rise that is shown, if that is larger.
+
+    >>> _not_falling(-0.01, 0.02, 2.0), _not_falling(0.03, 0.02, 2.0), _not_falling(0.3, 0.02, 2.0)
+    ((-0.01, 0.05), (0.03, 0.010000000000000002), (0.3, 0.26))
+    """
+    bound = float(max(quantile * error - value, value - quantile * error))
     return float(value), bound if math.isfinite(bound) else math.inf
 
 
