@@ -191,13 +191,18 @@ def refuse_interpolation(standing: Standing, mean: Descent) -> None:
     """Refuse a run whose loss vanishes without noise: its noise vanishes with it, and nothing is stationary.
 
     Raises:
-        InputError: the objective falls to a hundredth of the run's, or it is zero to rounding.
+        InputError: the objective falls to a hundredth of the run's, or it is zero to rounding; and so does the noise of
+            the gradient (of a loss that is zero at its minimum by its own scale it does not).
     """
     problem = standing.problem
-    unit = abs(objective(problem, 0.0, torch.zeros_like(standing.theta)))
-    zero = unit * torch.finfo(problem.dtype).eps ** (2 / 3)
-    if standing.loss > zero and mean.loss[-1] > _VANISHED * standing.loss:
-        return
+    origin, rounding = torch.zeros_like(standing.theta), torch.finfo(problem.dtype).eps ** (2 / 3)
+    zero = abs(objective(problem, 0.0, origin)) * rounding
+    if standing.loss > zero:
+        if mean.loss[-1] > _VANISHED * standing.loss:
+            return
+        left, seen, unit = (float(noise.strength(problem, at).value) for at in (mean.theta, standing.theta, origin))
+        if left > _VANISHED * seen and left > rounding * unit:
+            return
     raise InputError(
         f"the run interpolates its data: its training loss is {standing.loss:.2g} and falls to {mean.loss[-1]:.2g} "
         "without noise, and the noise of the gradient vanishes with it",
