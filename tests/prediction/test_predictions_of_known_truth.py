@@ -229,6 +229,25 @@ def test_modes_by_quadrature_give_the_sums_over_all_modes(monkeypatch):
     assert (joined.coloured * joined.energy).sum() == pytest.approx((dense[0].coloured * dense[0].energy).sum())
 
 
+def test_estimates_of_a_part_of_the_work_end_an_interrupted_measurement(regression, tmp_path, monkeypatch):
+    import shutil
+    import warnings
+
+    import thermograd.prediction.measuring as module
+    from thermograd.errors import ThermogradWarning
+
+    folder = tmp_path / "run"
+    shutil.copytree(regression.folder, folder)
+
+    def a_part(*_):
+        warnings.warn("interrupted: the density rests on 21 of 40 steps", ThermogradWarning, stacklevel=2)
+
+    monkeypatch.setattr(module, "measure_modes", a_part)
+    with pytest.raises(KeyboardInterrupt):
+        measured_run(folder, regression.problem, steps=500)
+    assert (folder / ".prediction.part").is_file()
+
+
 def test_an_interrupted_measurement_goes_on_where_it_stopped(regression, tmp_path, monkeypatch):
     import shutil
 
@@ -237,17 +256,32 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(regression, tmp_pat
     folder = tmp_path / "run"
     shutil.copytree(regression.folder, folder)
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
+    descend, begun = module.descend, []
+
+    def second_interrupted(*args):
+        begun.append(args)
+        return interrupt() if len(begun) == 2 else descend(*args)
+
+    with monkeypatch.context() as patched:  # amid the second flow
+        patched.setattr(module, "descend", second_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            measured_run(folder, regression.problem, steps=500)
+    kept = torch.load(folder / ".prediction.part", weights_only=True)
+    assert {"standing", "here"} == set(kept) - {"key"}
+    monkeypatch.setattr(module, "stand", interrupt)
+    with monkeypatch.context() as patched:  # when all but curvature and noise are known
         patched.setattr(module, "measure_modes", interrupt)
         with pytest.raises(KeyboardInterrupt):
             measured_run(folder, regression.problem, steps=500)
-    assert (folder / ".prediction.part").is_file()
-    monkeypatch.setattr(module, "flows_for", interrupt)
+    kept = torch.load(folder / ".prediction.part", weights_only=True)
+    assert {"standing", "here", "mean"} == set(kept) - {"key"}
+    monkeypatch.setattr(module, "descend", interrupt)
     again = measured_run(folder, regression.problem, steps=500)
     assert not (folder / ".prediction.part").exists()
+    monkeypatch.undo()
     fresh = measured_run(regression.folder, regression.problem)
     assert again.forecast.kappa == pytest.approx(fresh.forecast.kappa, rel=1e-3)
 

@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+import warnings
+from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import landscape, noise
-from ..errors import InputError, StoreError, TooShortError
+from ..errors import InputError, StoreError, ThermogradWarning, TooShortError
 from ..hyperparameters import SGD
 from ..problem import Problem
 from ..progress import bar
@@ -90,10 +92,21 @@ def measure(
     if problem.P < 20_000:  # handing work of small networks to other threads costs more than it saves
         torch.set_num_threads(1)
     try:
-        with bar("measuring for predictions", 3) as progress:
+        with _whole_or_not_at_all(), bar("measuring for predictions", 3) as progress:
             return _measure(run, problem, theta, velocity, sgd, steps, drop_last, seed, progress)
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all() -> Iterator[None]:
+    """Estimates that Ctrl-C leaves of a part of the work end the measurement, and are not taken for whole ones."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="interrupted", category=ThermogradWarning)
+        try:
+            yield
+        except ThermogradWarning:
+            raise KeyboardInterrupt from None
 
 
 def _measure(
@@ -105,17 +118,16 @@ def _measure(
     if kept is not None and kept.attrs.get("key") == key:
         return _load(kept, problem)
     half = _HalfDone(run, key)
-    standing = half.standing(problem) or stand(
-        run, problem, theta=theta, velocity=velocity, sgd=sgd, drop_last=drop_last, seed=seed
-    )
-    half.keep(standing=standing)
+    standing = half.standing(problem)
+    if standing is None:
+        standing = stand(run, problem, theta=theta, velocity=velocity, sgd=sgd, drop_last=drop_last, seed=seed)
+        half.keep_standing(standing)
     progress.advance(1, "following the flow without noise")
     sgd = standing.sgd
     ahead = steps or default_steps(sgd, 2 * standing.rows)
     if ahead < 20:
         raise TooShortError(f"predictions look {ahead} steps ahead", expected="at least 20")
-    here, mean = half.flows() or flows_for(standing, sgd.weight_decay, ahead)
-    half.keep(standing=standing, flows=(here, mean))
+    here, mean = flows_for(standing, sgd.weight_decay, ahead, half)
     refuse_interpolation(standing, mean)
     progress.advance(1, "measuring curvature and noise")
     cold, hot = measure_modes(problem, mean.theta, standing.points, standing.centre, seed)
@@ -153,34 +165,32 @@ class _HalfDone:
             **kept,
         )
 
-    def flows(self) -> tuple[Descent, Descent] | None:
-        if "flows" not in self.found:
+    def flow(self, name: str) -> Descent | None:
+        if name not in self.found:
             return None
-        here, mean = (Descent(t.numpy(), loss.numpy(), end, norm) for t, loss, end, norm in self.found["flows"])
-        return here, mean
+        times, losses, end, norm = self.found[name]
+        return Descent(times.numpy(), losses.numpy(), end, norm)
 
-    def keep(self, standing: Standing, flows: tuple[Descent, Descent] | None = None) -> None:
-        if self.path is None or ("flows" in self.found) or (flows is None and "standing" in self.found):
-            return
+    def keep_flow(self, name: str, flow: Descent) -> None:
+        self._keep(name, (torch.as_tensor(flow.time), torch.as_tensor(flow.loss), flow.theta, flow.gradient_norm))
+
+    def keep_standing(self, standing: Standing) -> None:
         names = ("theta", "velocity", "centre", "rows", "continued", "drop_last")
-        content: dict[str, Any] = {
-            "key": self.key,
-            "standing": {name: getattr(standing, name) for name in names}
-            | {
-                "sgd": standing.sgd.to_dict(),
-                "losses": torch.as_tensor(standing.losses),
-                "point_losses": torch.as_tensor(standing.point_losses),
-                "points": list(standing.points),
-            },
+        content = {name: getattr(standing, name) for name in names} | {
+            "sgd": standing.sgd.to_dict(),
+            "losses": torch.as_tensor(standing.losses),
+            "point_losses": torch.as_tensor(standing.point_losses),
+            "points": list(standing.points),
         }
-        if flows is not None:
-            content["flows"] = [
-                (torch.as_tensor(f.time), torch.as_tensor(f.loss), f.theta, f.gradient_norm) for f in flows
-            ]
+        self._keep("standing", content)
+
+    def _keep(self, name: str, content: Any) -> None:
+        self.found = {**self.found, "key": self.key, name: content}
+        if self.path is None:
+            return
         new = self.path.with_name(f"{self.path.name}.new")
-        torch.save(content, new)
+        torch.save(self.found, new)
         os.replace(new, self.path)
-        self.found = content
 
     def remove(self) -> None:
         if self.path is not None:
@@ -211,15 +221,23 @@ def refuse_interpolation(standing: Standing, mean: Descent) -> None:
     )
 
 
-def flows_for(standing: Standing, weight_decay: float, steps: int) -> tuple[Descent, Descent]:
+def flows_for(
+    standing: Standing, weight_decay: float, steps: int, half: _HalfDone | None = None
+) -> tuple[Descent, Descent]:
     """Noise-free flows under a weight decay, from the last weights and from the mean of the run."""
     problem, time = standing.problem, steps * standing.sgd.effective_lr
-    pairs = landscape.eigenpairs(landscape.hessian(problem, standing.theta), k=1, tol=1e-2)
-    top = max(float(pairs.eigenvalues[0]), 1e-8) + weight_decay
-    return (
-        descend(problem, weight_decay, standing.theta, _LONGER * time, top),
-        descend(problem, weight_decay, standing.centre, time, top),
-    )
+    found, top = [], math.nan
+    for name, start, length in (("here", standing.theta, _LONGER * time), ("mean", standing.centre, time)):
+        flow = half.flow(name) if half is not None else None
+        if flow is None:
+            if math.isnan(top):
+                pairs = landscape.eigenpairs(landscape.hessian(problem, standing.theta), k=1, tol=1e-2)
+                top = max(float(pairs.eigenvalues[0]), 1e-8) + weight_decay
+            flow = descend(problem, weight_decay, start, length, top)
+            if half is not None:
+                half.keep_flow(name, flow)
+        found.append(flow)
+    return found[0], found[1]
 
 
 def _facts(forecast: Forecast) -> dict[str, Any]:
