@@ -204,7 +204,7 @@ def _cloud_panel(one: dict[str, _Array], modes: int) -> Panel:
     "slower in flatter directions.",
     data=DATA,
     cost="three minutes",
-    full_cost="five minutes",
+    full_cost="fifteen minutes",
 )
 def fig6(bench: Bench) -> Outcome:
     """Angle that (ωθ, v) turns a step in eigenvectors 1 and 30, over 16,000 steps."""

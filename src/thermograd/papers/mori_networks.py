@@ -16,7 +16,7 @@ from ..losses import half_squared_error
 from ..models import mlp
 from ..noise import decoupling, in_directions
 from ..problem import Problem
-from ..progress import track
+from ..progress import bar, track
 from ..simulate import networks_first_passage
 from .item import Bench, expected_warnings, register
 from .lines import fitted, jackknife, points, stacked
@@ -37,16 +37,18 @@ def train(problem: Problem, lr: float, batch: int, steps: int, seed: int, at: Se
     wanted, step = set(at), 0
     if 0 in wanted:
         yield 0
-    while step < steps:
-        for index in torch.randperm(problem.N, generator=generator).split(batch):
-            if len(index) < batch or step == steps:
-                break
-            optimizer.zero_grad()
-            criterion(model(problem.inputs[index]), problem.targets[index]).mean().backward()
-            optimizer.step()
-            step += 1
-            if step in wanted:
-                yield step
+    with bar("training", steps) as progress:
+        while step < steps:
+            for index in torch.randperm(problem.N, generator=generator).split(batch):
+                if len(index) < batch or step == steps:
+                    break
+                optimizer.zero_grad()
+                criterion(model(problem.inputs[index]), problem.targets[index]).mean().backward()
+                optimizer.step()
+                step += 1
+                progress.advance()
+                if step in wanted:
+                    yield step
 
 
 def glorot(model: nn.Module, seed: int) -> nn.Module:

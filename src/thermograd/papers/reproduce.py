@@ -21,7 +21,7 @@ from ..errors import InputError, NotAvailableError
 from .item import Bench, Item, Scale, items, keep
 from .outcome import Outcome
 
-__all__ = ["find", "reproduce", "reproduce_all", "result_folder"]
+__all__ = ["find", "is_kept", "reproduce", "reproduce_all", "result_folder"]
 
 RESULT = "result.json"
 
@@ -53,6 +53,11 @@ def result_folder(
     """Where the result of these settings is kept; a changed protocol has a folder of its own."""
     settings = json.dumps([item.name, scale, seeds, seed, _protocol(item.run.__module__)])
     return Path(out) / item.name / f"{scale}-{seeds}x{seed}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
+
+
+def is_kept(item: Item, out: str | os.PathLike[str], scale: Scale, seeds: int, seed: int) -> bool:
+    """Whether the result of these settings is there already."""
+    return (result_folder(item, out, scale, seeds, seed) / RESULT).exists()
 
 
 def _protocol(module: str) -> list[str]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from .gallery import number
 from .item import Item
 from .outcome import Outcome
-from .reproduce import reproduce, reproduce_all
+from .reproduce import find, is_kept, reproduce, reproduce_all
 
 __all__ = ["listing", "outcome_table", "run_and_show"]
 
@@ -50,14 +50,28 @@ def outcome_table(name: str, outcome: Outcome) -> Table:
     return table
 
 
+def _announce(
+    console: Console, name: str, out: Path, *, full: bool, seeds: int, seed: int, fresh: bool, **_: Any
+) -> None:
+    """What an item will cost, unless its result is kept."""
+    item = find(name)
+    if fresh or not is_kept(item, out, "full" if full else "default", seeds, seed):
+        scale, cost = (" at the paper's scale", item.full_cost) if full else ("", item.cost)
+        console.print(f"[dim]{name}{scale}: about {cost}[/]", highlight=False)
+
+
 def run_and_show(
     console: Console, names: Sequence[str], *, workers: int, out: Path, **options: Any
 ) -> dict[str, Outcome]:
     """Run items and print each as it is done."""
     found: dict[str, Outcome] = {}
     if workers > 1:
+        for name in names:
+            _announce(console, name, out, **options)
         found = reproduce_all(names, workers=workers, out=out, **options)
     for name in names:
+        if workers == 1:
+            _announce(console, name, out, **options)
         outcome = found.get(name) or reproduce(name, out=out, **options)
         found[name] = outcome
         if outcome.unavailable:
