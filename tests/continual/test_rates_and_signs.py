@@ -1,4 +1,4 @@
-"""The rate of a proximal step for each form of SGD, and work that was done against the loss."""
+"""Rates of proximal steps for each form of SGD, work against the loss, what bounded memory keeps and leaves out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from thermograd.continual import L2ToAnchor, SynapticIntelligence
+from thermograd.continual import L2ToAnchor, LandscapeConstraint, RandomDirections, SynapticIntelligence
+from thermograd.continual.forms import LowRank
 
 LOSS = nn.MSELoss()
 
@@ -60,3 +61,46 @@ def test_weights_that_worked_against_the_loss_are_not_held() -> None:
         worked[maximise] = si.fit(model, LOSS, data).form.curvature
     assert (worked[False] > 0).all()
     assert (worked[True] == 0).all()
+
+
+def test_the_bound_on_what_a_sum_leaves_out_is_met_and_tight() -> None:
+    random = torch.Generator().manual_seed(1)
+
+    def form(scale: float) -> LowRank:
+        directions = torch.linalg.qr(torch.randn(8, 3, generator=random, dtype=torch.float64)).Q
+        return LowRank(
+            directions, scale * torch.tensor([9.0, 7.0, 4.0], dtype=torch.float64), torch.zeros(3).double(), 3
+        )
+
+    def matrix(of: LowRank) -> torch.Tensor:
+        return of.directions * of.curvature @ of.directions.T
+
+    for scale in (1.0, 0.01):
+        one, other, third = form(scale), form(scale), form(scale)
+        both = one.plus(other)
+        left = torch.linalg.eigvalsh(matrix(one) + matrix(other) - matrix(both))
+        assert left.min() > -1e-12
+        assert left.max().item() == pytest.approx(both.dropped, rel=1e-9)
+        every = both.plus(third)
+        left = torch.linalg.eigvalsh(matrix(one) + matrix(other) + matrix(third) - matrix(every))
+        assert -1e-12 < left.min() <= left.max() <= every.dropped * (1 + 1e-9)
+        assert every.dropped < 2 * sum(f.curvature.max().item() for f in (one, other, third))
+
+
+def test_coverage_keeps_as_few_directions_as_hold_the_share() -> None:
+    curvature = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+    X = torch.diag((2 * curvature).sqrt())  # of the mean squared error over four samples: 2 x x^T / 4
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    for share, kept in ((0.5, 1), (0.75, 2), (0.9, 3), (0.97, 4)):
+        held = LandscapeConstraint(rank=4, weights="curvature", coverage=share)
+        held.fit(model, LOSS, (X, torch.zeros(4, 1, dtype=torch.float64)))
+        torch.testing.assert_close(held.form.curvature, curvature[:kept], rtol=1e-6, atol=1e-9)
+
+
+def test_random_directions_of_each_task_are_its_own() -> None:
+    model, data = line()
+    held = RandomDirections(rank=1, capacity=2, weights="curvature")
+    first = held.fit(model, LOSS, data).form.directions
+    assert held.fit(model, LOSS, data).form.directions.shape == (2, 2)
+    again = RandomDirections(rank=1, capacity=2, weights="curvature").fit(model, LOSS, data).form.directions
+    torch.testing.assert_close(again, first)
