@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+import thermograd as tg
 from thermograd.continual import L2ToAnchor, LandscapeConstraint, RandomDirections, SynapticIntelligence
+from thermograd.continual.curvature import output_scores
 from thermograd.continual.forms import LowRank
 
 LOSS = nn.MSELoss()
@@ -104,3 +108,17 @@ def test_random_directions_of_each_task_are_its_own() -> None:
     assert held.fit(model, LOSS, data).form.directions.shape == (2, 2)
     again = RandomDirections(rank=1, capacity=2, weights="curvature").fit(model, LOSS, data).form.directions
     torch.testing.assert_close(again, first)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 1e4, math.inf])
+def test_scores_at_a_temperature_are_those_of_labels_from_the_outputs_over_it(temperature: float) -> None:
+    random = torch.Generator().manual_seed(2)
+    X, y = torch.randn(6, 2, generator=random, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    model = nn.Linear(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.mul_(4.0)
+    problem = tg.Problem(model, nn.CrossEntropyLoss(), (X, y))
+    scores = output_scores(problem, torch.arange(6), temperature)  # [m, n, C]
+    p = (model(X) / temperature).softmax(1).detach()
+    exact = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    torch.testing.assert_close(torch.einsum("mnc,mnd->ncd", scores, scores), exact, rtol=1e-6, atol=1e-9)
