@@ -102,6 +102,21 @@ def test_the_closure_solves_its_own_equation():
     assert made.gain(3.0, 5.0) > 1
 
 
+def test_near_the_stability_bound_a_curvature_that_falls_with_the_spread_holds_the_fluctuation():
+    # N(x) = 1 / (bound - h(x)) with h(x) = 3 - x, at the run's bound 3.2 and at others
+    def fluctuation(bound, x):
+        return 1 / (bound - 3 + x)
+
+    made = closure(cold=fluctuation(3.2, 0), seen=fluctuation(3.2, 1), measured=fluctuation(3.2, 1))
+    for bound in (3.2, 3.02, 3.6, 6.0):
+        level = made.join(fluctuation(bound, 0), fluctuation(bound, 1))[1]
+        assert level * made.own == pytest.approx(fluctuation(bound, level))
+    beyond = made.join(math.inf, fluctuation(2.9, 1))[1]  # without spread beyond the bound
+    assert beyond * made.own == pytest.approx(math.sqrt(made.own * fluctuation(2.9, 1)))
+    near, linear = made.join(1.0, 0.999)[1], 1.0 / (made.own + 1.0 - 0.999)
+    assert near == pytest.approx(linear, rel=1e-3)
+
+
 def test_weights_that_happen_to_lie_far_out_are_corrected_for():
     plain, far = closure(), closure(seen=2.0, response=0.5, measured=1.5)  # twice the energy and twice the noise
     assert far.own == pytest.approx(plain.own)

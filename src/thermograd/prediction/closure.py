@@ -8,6 +8,14 @@ With x the fluctuation in units of the run's predicted one :math:`N_1`,
 
 .. math:: N = (1-x)N_c + xN_h, \quad x = N/N_1 \;\Rightarrow\; x = \frac{N_c}{N_1+N_c-N_h}.
 
+Where the spread lowers the fluctuation instead, it is by lowering the curvature: near the stability bound
+:math:`N\propto 1/(h_{max}-h)` with h linear in x, so that 1/N is what changes in proportion,
+
+.. math:: \frac1N = \frac{1-x}{N_c} + \frac{x}{N_h} \;\Rightarrow\;
+    x^2\Big(\frac1{N_h}-\frac1{N_c}\Big) + \frac x{N_c} = \frac1{N_1}.
+
+To first order in the difference both are the same.
+
 The run's own fluctuation, measured over predicted, is kappa. The prediction at the run's setting is scaled by it as far
 as it is known: by its mean with 1, weighted by its standard error and by 10%, which the theory is trusted to. Colder
 settings are scaled in proportion to x.
@@ -38,7 +46,11 @@ class Closure:
 
     def hot(self, cold: float, seen: float) -> float:
         """Fluctuation with the run's spread from that at the weights looked at."""
-        return cold + self.response * (seen - cold) if math.isfinite(cold) else seen
+        if not math.isfinite(cold):
+            return seen
+        if 0 < seen < cold:
+            return 1 / (1 / cold + self.response * (1 / seen - 1 / cold))
+        return cold + self.response * (seen - cold)
 
     @property
     def own(self) -> float:
@@ -62,7 +74,13 @@ class Closure:
 
     def level(self, cold: float, seen: float) -> float:
         """x: the fluctuation in units of the run's, infinite where the noise feeds itself."""
-        rest = self.own + cold - self.hot(cold, seen)
+        hot = self.hot(cold, seen)
+        if not self.own > 0:
+            return math.inf
+        if 0 < hot < cold:  # the curvature without spread may even be beyond the bound, and 1/cold nothing
+            steep, slope = 1 / hot - 1 / cold, 1 / cold
+            return 2 / self.own / (math.sqrt(slope**2 + 4 * steep / self.own) + slope)
+        rest = self.own + cold - hot
         return cold / rest if 0 < rest < math.inf and math.isfinite(cold) else math.inf
 
     def join(self, cold: float, seen: float) -> tuple[float, float]:

@@ -182,7 +182,9 @@ class Forecast:
 
     def curve(self, sgd: SGD, modes: Modes, edges: NDArray[np.int64]) -> Array:
         """Fluctuation averaged over blocks of steps from the run's last weights on, [m]."""
-        return 0.5 * self.moments(sgd, modes, edges) @ self.energies(sgd, modes)
+        with np.errstate(invalid="ignore"):
+            found = 0.5 * self.moments(sgd, modes, edges) @ self.energies(sgd, modes)
+        return np.where(np.isnan(found), np.inf, found)  # infinite in a mode without energy
 
     def moments(self, sgd: SGD, modes: Modes, edges: NDArray[np.int64], position: Array | float = 0.0) -> Array:
         """Mean square of the position of each mode over blocks of steps, from a given offset at rest, [m, n]."""
@@ -241,8 +243,10 @@ class Forecast:
         scale, stderr = closure.scale
         loss = fluctuation * math.hypot(near * stderr / scale, (1 - near) * TRUST)
         response = abs(self._with_more_response(sgd, cold, hot) - fluctuation)
-        probes = self._probe_error(sgd, edges)
-        beyond = abs(level - near) * abs(closure.hot(cold, hot) - cold) / 2
+        probes = self._probe_error(sgd, edges, self.cold_bins if math.isfinite(cold) else self.hot_bins)
+        beyond = abs(level - near) * abs(closure.hot(cold, hot) - cold) / 2 if hot > cold else 0.0
+        if hot < cold:  # between the curvatures: half of what it differs by from that with the run's curvature
+            beyond = abs(fluctuation - scale * hot) / 2
         misfit = abs(scale - 1) * fluctuation / 2
         memory = level * closure.response * self._memory_range(sgd) / 4
         return math.hypot(loss, response, probes, beyond, misfit, memory, mean / 4)
@@ -269,8 +273,7 @@ class Forecast:
         new, fixed = (0.5 * float(self.energies(sgd, m) @ self._spread(sgd, m, m.coloured, m.white)) for m in ends)
         return abs(new - fixed)
 
-    def _probe_error(self, sgd: SGD, edges: NDArray[np.int64]) -> float:
-        modes = self.cold_bins
+    def _probe_error(self, sgd: SGD, edges: NDArray[np.int64], modes: Modes) -> float:
         if modes.probes < 2:
             return 0.0
         each = 0.5 * self.moments(sgd, modes, edges)[0] * self.energies(sgd, modes)
@@ -290,6 +293,10 @@ class Forecast:
     def noise_gain(self, sgd: SGD) -> float:
         """Noise energy that the spread adds, per unit of spread: above 1 the mean square diverges."""
         return self.closure.gain(*(self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins)))
+
+    def holds(self, sgd: SGD) -> bool:
+        """Whether the curvature among the weights of the run is below the stability bound."""
+        return largest_stable_curvature(sgd) > float(self.hot.curvature.max())
 
     def margin(self, sgd: SGD) -> float:
         """Largest stable curvature over the largest curvature: below 1 the mean diverges."""

@@ -99,7 +99,7 @@ class Predictions:
         row["weight_variance"] = np.full(_MODES, np.nan)
         row["noise_gain"] = forecast.noise_gain(sgd)
         excess = Excess(math.inf, math.inf, math.inf, math.nan, math.inf)
-        if math.isfinite(row["noise_gain"]) and row["sharpness_margin"] > 1:
+        if forecast.holds(sgd):
             excess = forecast.excess(sgd, ahead)
         row |= {
             "loss": excess.value + forecast.bottom_for(sgd), "excess_loss": excess.value,
@@ -117,7 +117,9 @@ class Predictions:
         return self.forecast.hot if level > 0.5 else self.forecast.cold
 
     def _add_stationary(self, row: dict[str, Any], sgd: SGD, ahead: int, excess: Excess) -> None:
-        forecast, modes = self.forecast, self._base(excess.level)
+        forecast = self.forecast
+        stable = math.isfinite(forecast._stationary(sgd, forecast.cold_bins))
+        modes = self._base(excess.level if stable else math.inf)
         floor = forecast.stationary_excess(sgd)
         variances = forecast.variances(sgd, modes)
         plain = forecast._stationary(sgd, modes)
