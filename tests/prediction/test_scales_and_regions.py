@@ -11,6 +11,7 @@ import torch
 
 import thermograd as tg
 from thermograd.prediction import Predictions
+from thermograd.prediction.closure import Closure
 from thermograd.theory import limiting
 from thermograd.whatif import measured_run
 
@@ -106,3 +107,18 @@ def test_error_and_drift_of_the_runs_loss_are_those_of_the_series(measured):
     falling = dataclasses.replace(standing, losses=np.linspace(3, 1, 240))
     assert falling.drift[0] == pytest.approx(-2, rel=0.01)
     assert falling.drift[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_closure_is_the_fixed_point_of_noise_that_follows_the_spread():
+    closure = Closure(cold=1.0, seen=1.6, response=0.5, measured=1.3, measured_stderr=0.01)
+    assert closure.own == pytest.approx(1.3)
+    assert closure.gain(1.0, 1.6) == pytest.approx(0.3 / 1.3)
+    for cold, seen in ((1.0, 1.6), (0.2, 0.28), (2.0, 3.5)):
+        found, level = closure.join(cold, seen)
+        value = cold  # turn the spread into noise and the noise into spread, until nothing changes
+        for _ in range(2000):
+            x = value / closure.own
+            value = (1 - x) * cold + x * closure.hot(cold, seen)
+        assert level == pytest.approx(value / closure.own, rel=1e-9)
+        assert found == pytest.approx(value, rel=1e-9)  # measured is what is predicted: kappa is 1
+    assert closure.join(1.0, 4.0)[0] == math.inf  # a gain above 1
