@@ -135,6 +135,8 @@ def validate(
     Raises:
         StoreError: the frozen predictions were changed, or are of another run or other settings.
         InputError: fewer than two replicas.
+
+    Example: :func:`thermograd.validate`, which is this.
     """
     if replicas < 2:
         raise InputError(f"replicas is {replicas}", expected="at least 2, to have an error bar")
@@ -319,10 +321,10 @@ def looks_at(window: int, batches: int) -> tuple[int, int]:
     """Steps between looks at the full loss, and how many: every phase of an epoch as often as any other.
 
     The loss differs between the phases of a reshuffled epoch. Where an epoch has more steps than there are looks, the
-    stride is near the golden section of an epoch, which spreads them evenly.
+    stride is as near the golden section of an epoch as the window allows, which spreads them evenly.
 
     >>> looks_at(600, 30), looks_at(600, 80)
-    ((19, 30), (7, 75))
+    ((19, 30), (8, 75))
     """
     looks = min(_LOOKS, window)
     if batches <= looks:
@@ -341,4 +343,5 @@ def looks_at(window: int, batches: int) -> tuple[int, int]:
         part = stride % batches / batches
         return min(abs(part - golden), abs(part - 1 + golden))
 
-    return min(strides, key=unevenness), looks
+    coprime = [stride for stride in strides if math.gcd(stride, batches) == 1]  # or some phases are never seen
+    return min(coprime or strides, key=unevenness), looks
