@@ -126,3 +126,12 @@ def test_a_divergence_that_was_predicted_alone_or_seen_alone_is_an_infinite_erro
     assert found[1] == inf
     assert found[2] == -inf
     assert np.isnan(found[3])
+
+
+@pytest.mark.parametrize("batches", [2, 12, 25, 60, 80, 100, 120, 128, 240])
+def test_no_two_looks_at_the_loss_fall_on_the_same_phase_while_others_are_unseen(batches):
+    from thermograd.prediction.validation import looks_at
+
+    every, looks = looks_at(600, batches)
+    assert every * looks <= 600
+    assert len({k * every % batches for k in range(looks)}) == min(looks, batches)

@@ -80,6 +80,20 @@ def advise(measured: Predictions, budget: int, *, sgd: SGD | None = None, factor
 
     Raises:
         InputError: a budget of less than five epochs or 100 steps, or a factor outside (0, 1).
+
+    >>> import tempfile, torch, thermograd as tg
+    >>> _, weights = torch.manual_seed(0), torch.zeros(2, requires_grad=True)
+    >>> points, folder = torch.randn(64, 2), tempfile.mkdtemp()
+    >>> problem = tg.Problem.from_function(lambda w, a: (w - a).square().sum(), weights, points)
+    >>> optimizer = torch.optim.SGD([weights], lr=0.05)
+    >>> with tg.Recorder(folder, problem, optimizer, batch_size=8, sampling="replacement"):
+    ...     for _ in range(400):
+    ...         optimizer.zero_grad()
+    ...         (weights - points[torch.randint(64, (8,))]).square().sum(1).mean().backward()
+    ...         _ = optimizer.step()
+    >>> advice = advise(tg.prediction.predictions(folder, problem, steps=200), 400)
+    >>> 0 <= advice.best_step < 400, bool(advice.best_excess < advice.constant_excess)
+    (True, True)
     """
     own, drop_last = sgd or measured.sgd, measured.forecast.standing.drop_last
     epoch = len(epoch_batches(own, drop_last=drop_last))

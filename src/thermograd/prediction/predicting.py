@@ -322,6 +322,24 @@ def predictions(run: Any, problem: Problem, **options: Any) -> Predictions:
         problem: the network with all trained weights, its loss and data.
         options: ``theta``, ``velocity``, ``sgd``, ``steps``, ``drop_last``, ``seed``, as in
             :func:`~thermograd.prediction.measuring.measure`.
+
+    Raises:
+        InputError, TooShortError, DivergedError: the run cannot be predicted from; the message says why.
+
+    >>> import tempfile, torch, thermograd as tg
+    >>> _, weights = torch.manual_seed(0), torch.zeros(2, requires_grad=True)
+    >>> points, folder = torch.randn(64, 2), tempfile.mkdtemp()
+    >>> problem = tg.Problem.from_function(lambda w, a: (w - a).square().sum(), weights, points)
+    >>> optimizer = torch.optim.SGD([weights], lr=0.05)
+    >>> with tg.Recorder(folder, problem, optimizer, batch_size=8, sampling="replacement"):
+    ...     for _ in range(400):
+    ...         optimizer.zero_grad()
+    ...         (weights - points[torch.randint(64, (8,))]).square().sum(1).mean().backward()
+    ...         _ = optimizer.step()
+    >>> ready = predictions(folder, problem, steps=200)
+    >>> row = ready.at(ready.sgd.replace(lr=0.01))  # curvature 2, so that 1.0 is the largest stable rate
+    >>> round(float(row["sharpness_margin"]), 3), bool(row["excess_loss"] > 0)
+    (100.0, True)
     """
     return Predictions(measure(run, problem, **options))
 
@@ -365,6 +383,8 @@ def predict(
 
     Raises:
         InputError: arguments that are no hyperparameters; a run that cannot be predicted from.
+
+    Example: :func:`thermograd.predict`, which is this.
     """
     ready = measured or predictions(run, problem, **(options or {}), steps=steps)
     given = dict(zip(_SWEPT, (lr, batch_size, momentum, weight_decay, sampling), strict=True))
