@@ -324,7 +324,7 @@ def looks_at(window: int, batches: int) -> tuple[int, int]:
     stride is as near the golden section of an epoch as the window allows, which spreads them evenly.
 
     >>> looks_at(600, 30), looks_at(600, 80)
-    ((19, 30), (8, 75))
+    ((19, 30), (7, 75))
     """
     looks = min(_LOOKS, window)
     if batches <= looks:
