@@ -146,8 +146,8 @@ def test_the_command_says_how_to_go_on(tmp_path, one_item):
     assert len(one_item) == 2
     assert CliRunner().invoke(app, told[1:]).exit_code == 0
     assert len(one_item) == 4  # the first of three parts was kept
-    assert "test/one: about a second" in stopped.output  # what it costs is said before
-    assert "about a second" not in CliRunner().invoke(app, told[1:]).output  # but not of a result that is kept
+    assert "test/one takes a second" in stopped.output  # what it costs is said before
+    assert "takes a second" not in CliRunner().invoke(app, told[1:]).output  # but not of a result that is kept
 
 
 def test_the_command_without_data(tmp_path, monkeypatch):

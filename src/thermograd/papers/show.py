@@ -57,7 +57,7 @@ def _announce(
     item = find(name)
     if fresh or not is_kept(item, out, "full" if full else "default", seeds, seed):
         scale, cost = (" at the paper's scale", item.full_cost) if full else ("", item.cost)
-        console.print(f"[dim]{name}{scale}: about {cost}[/]", highlight=False)
+        console.print(f"[dim]{name}{scale} takes {cost}[/]", highlight=False)
 
 
 def run_and_show(
