@@ -281,7 +281,7 @@ class WatchesEquilibrium:
         Asking for it begins the test (see
         :class:`~thermograd.trajectory.Equilibration`; assign one with other settings to ``recorder.equilibration``): a
         window whose loss still changes by the tolerance (10%) is called equilibrated with a probability of about 5%
-        (2 to 6% in simulations, docs/predict.md).
+        (4 to 6% in simulations, docs/predict.md).
         """
         return self.equilibration.equilibrated
 
