@@ -138,11 +138,12 @@ def test_outputs_at_every_position_by_labels_drawn_from_the_model() -> None:
     model, x = Sequences().double(), torch.randint(0, 7, (20, 4))
     problem = Problem(model, LOSS, (x, x.flip(0)))
     exact = gauss_newton(problem).dense()
-    ewc = EWC(draws=200).fit(problem).form.curvature  # type: ignore[attr-defined]
+    ewc = EWC(draws=40).fit(problem).form.curvature  # type: ignore[attr-defined]
     error = (ewc - exact.diagonal()).norm() / exact.diagonal().norm()
-    assert float(error) < 5 / math.sqrt(20 * 200)
-    whole = LayerLandscape(draws=200, memory_per_weight=None).fit(problem).form
+    assert float(error) < 5 / math.sqrt(20 * 40)
+    few = EWC(draws=2).fit(problem).form.curvature  # type: ignore[attr-defined]
+    whole = LayerLandscape(draws=2, memory_per_weight=None).fit(problem).form
     held = sum(float(part.curvature.sum()) for _, part in whole.parts.values())  # type: ignore[attr-defined]
-    assert held == pytest.approx(float(ewc.sum()))  # the same labels
+    assert held == pytest.approx(float(few.sum()))  # the same labels
     with pytest.raises(InputError, match="draws=1"):
         EWC().fit(problem)
