@@ -326,3 +326,22 @@ def test_a_run_whose_own_setting_is_unstable_on_paper_is_flagged_not_refused(reg
             assert row["fluctuation"] == pytest.approx(measured.at(measured.sgd)["fluctuation"], rel=0.1)
             assert row["level"] == pytest.approx(1, abs=0.05)
             assert all(np.isfinite(found[name].values).all() for name in ("excess_loss", "stationary_excess_loss"))
+
+
+def test_a_fluctuation_slower_than_the_record_is_flagged(regression, measured):
+    import dataclasses
+
+    from thermograd.prediction import Forecast, Predictions
+
+    forecast = measured.forecast
+    assert forecast.unseen < 0.2
+
+    def with_a_flat_mode(modes):
+        more = {"curvature": 1e-6 - 0.02, "energy": 1e-3, "coloured": 0.0, "white": 10.0, "probe": -1}
+        return dataclasses.replace(modes, **{name: np.append(getattr(modes, name), more[name]) for name in more})
+
+    cold, hot = with_a_flat_mode(forecast.cold), with_a_flat_mode(forecast.hot)
+    made = Forecast(forecast.standing, cold, hot, forecast.flows, forecast.steps, forecast.fits)
+    assert made.unseen > 0.5
+    assert any("slower than its record" in flag for flag in Predictions(made).at(measured.sgd)["flags"])
+    assert not any("slower than" in flag for flag in measured.at(measured.sgd)["flags"])

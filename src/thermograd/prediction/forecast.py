@@ -85,6 +85,7 @@ class Forecast:
         cold, seen = (self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins))
         unresolved = self._unresolved(sgd) if math.isfinite(seen) else 0.0
         self.measured = max(run.loss - mean_flow.loss[0], 0.0) + unresolved  # fluctuation of the run about its mean
+        self.unseen = unresolved / self.measured if self.measured > 0 else 0.0  # share that is slower than the record
         there = float(run.point_losses.mean()) - mean_flow.loss[0] + unresolved  # and at the weights looked at
         response = float(np.clip(self.measured / there, *_RESPONSES)) if there > 0 else 1.0
         self.adrift = run.drifts(mean_flow.loss[0] - self.bottom + self.measured, _ADRIFT)

@@ -38,6 +38,7 @@ LIMITS = {
     "mean": 0.5,  # share of the excess that is where the mean stands
     "width": 1.0,  # standard deviation over the width of the quadratic region
     "error": 0.5,  # standard error over the excess
+    "unseen": 0.5,  # share of the run's fluctuation that is slower than its record; after the others
     "moved": 1.0,  # by how much another weight decay moves the bottom, over the excess
 }
 _WITHOUT_REST = (  # infinite where there is no stationary state
@@ -236,6 +237,11 @@ class Predictions:
         flag(
             not abs(forecast.kappa - 1) <= limits["misfit"],
             f"the run's own fluctuation is {forecast.kappa:.2f} of what its curvature and noise give",
+        )
+        flag(
+            forecast.unseen > limits["unseen"],
+            f"{100 * forecast.unseen:.0f}% of the run's fluctuation is predicted in modes slower than its record: the "
+            "record cannot confirm it",
         )
         value = excess.value
         flag(
