@@ -326,13 +326,14 @@ def _valley_noise(x: _Array, out: _Array) -> None:
     title="Noise that prefers the flat part of a valley",
     statement="Anisotropic noise adds an effective loss Δ(1-κ) ln F along a valley: flat parts are visited more often.",
     data="none: a valley of constant loss and changing width",
-    cost="one minute",
-    full_cost="ten minutes",
+    cost="two minutes",
+    full_cost="an hour",
 )
 def valley(bench: Bench) -> Outcome:
     """Stationary density along a valley against its curvature, for noise κ times as strong across it as along it."""
     cases = bench.choose([(0.02, 2.0)], *2 * [[(0.02, 1.0), (0.02, 2.0), (0.02, 4.0), (0.005, 2.0)]])
-    steps, replicas = bench.choose(150_000, 300_000, 3_000_000), bench.choose(50, 100, 400)
+    dt, replicas = bench.choose(0.02, 0.005, 0.005), bench.choose(50, 100, 400)
+    steps = round(bench.choose(3_000, 6_000, 60_000) / dt)
     edges = np.linspace(0, 2 * np.pi, 25)
     middle = (edges[1:] + edges[:-1]) / 2
     curvature = np.exp(np.cos(middle))
@@ -344,8 +345,8 @@ def valley(bench: Bench) -> Outcome:
             start[:, 0] = np.random.default_rng(seed).uniform(0, 2 * np.pi, replicas)
             start[:, 2:] = noise, anisotropy
             path = langevin(
-                Potential(_valley_loss, _valley_slope), _valley_noise, start=start, dt=0.02, steps=steps,
-                replicas=replicas, seed=seed, record_every=500, burn_in=steps // 5,
+                Potential(_valley_loss, _valley_slope), _valley_noise, start=start, dt=dt, steps=steps,
+                replicas=replicas, seed=seed, record_every=round(10 / dt), burn_in=steps // 5,
             ).position  # fmt: skip
             density, _ = np.histogram(path[..., 0] % (2 * np.pi), edges, density=True)
             found[f"{noise} {anisotropy}"] = density
@@ -373,6 +374,6 @@ def valley(bench: Bench) -> Outcome:
         tuple(rows),
         (Panel("Density along the valley", "x, the valley is sharp at 0", "P(x)", tuple(curves)),),
         (),
-        f"L = λ(x) y²/2 with λ = exp(cos x), a closed valley of loss 0; {replicas} Langevin replicas a seed. Lines are "
-        "λ^(-κ/2), the limit in which y is much faster than x.",
+        f"L = λ(x) y²/2 with λ = exp(cos x), a closed valley of loss 0; {replicas} Langevin replicas a seed, time "
+        f"step {dt}. Lines are λ^(-κ/2), the limit in which y is much faster than x.",
     )

@@ -100,7 +100,7 @@ class Run:
     """The middle layer in the exploration phase: two windows of ten epochs, and the landscape at their centre.
 
     Args:
-        problem: the middle layer at the mean weights of the first window.
+        problem: the middle layer, with all weights at their mean over the first window.
         sgd: as the windows were recorded.
         first: the first window [T, 2500]; directions come from it.
         second: the window that follows.
@@ -118,14 +118,19 @@ class Run:
 
 
 def explore(bench: Bench, seed: int, scheme: Sampling = "reshuffle", lr: float = 0.1, batch: int = 50) -> Run:
-    """Record two windows of ten epochs and put the network at the mean of the first."""
+    """Record two windows of ten epochs and put the network, all its layers, at the mean of the first."""
     problem = ready(bench, seed)
     sgd = standard(problem, scheme, lr, batch)
     window = 10 * round(sgd.steps_per_epoch)
-    rows = record_layer(problem, LAYER, sgd, 2 * window, seed + 1)
-    layer = middle(problem)
-    layer.set_weights(torch.tensor(rows[:window].mean(0)))
-    return Run(layer, sgd, rows[:window], rows[window:])
+    centre = torch.zeros_like(problem.theta)
+
+    def add(step: int) -> None:
+        if step < window:
+            centre.add_(problem.theta, alpha=1 / window)
+
+    rows = record_layer(problem, LAYER, sgd, 2 * window, seed + 1, add)
+    problem.set_weights(centre)
+    return Run(middle(problem), sgd, rows[:window], rows[window:])
 
 
 # ---------------------------------------------------------------------------------------------- directions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +135,18 @@ def train_down_to(problem: Problem, sgd: SGD, level: float, seed: int, epochs: i
     )
 
 
-def record_layer(problem: Problem, layer: str, sgd: SGD, steps: int, seed: int) -> _Array:
-    """Weights of one layer before each step [T, P_layer], while the problem's model trains on in place."""
+def record_layer(
+    problem: Problem, layer: str, sgd: SGD, steps: int, seed: int, watch: Callable[[int], None] = lambda step: None
+) -> _Array:
+    """Weights of one layer before each step [T, P_layer], while the problem's model trains on in place.
+
+    ``watch`` is called before each step with its number.
+    """
     optimizer, batches = _optimizer(problem, sgd), Minibatches(problem.N, int(sgd.batch_size or 1), sgd.sampling, seed)
     weight = problem.parameters[layer]
     rows = np.empty((steps, weight.numel()))
     for k in track(range(steps), "recording a layer"):
         rows[k] = weight.detach().reshape(-1).numpy()
+        watch(k)
         _step(problem, optimizer, next(batches))
     return rows
