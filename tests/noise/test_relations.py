@@ -5,6 +5,7 @@ Statistical tests compare at 4.5 standard errors (false alarm 7e-6 each for Gaus
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -17,6 +18,8 @@ from landscape.networks import NAMES, make, teacher
 from thermograd.errors import InputError, NonFiniteError, NotAvailableError, TooShortError
 from thermograd.landscape import eigenpairs, gauss_newton, hessian
 from thermograd.noise import alignment, covariance, decoupling, in_directions, minibatch_losses, second_moment
+from thermograd.noise.factors import Factors
+from thermograd.noise.perlayer import PerLayer
 
 # ---------------------------------------------------------------------- decoupling
 
@@ -121,14 +124,103 @@ def test_spectra_of_a_part_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> No
 def test_spectra_layer_by_layer_are_those_of_the_gradients(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    random = torch.Generator().manual_seed(2)
-    X, y = (torch.randn(40, k, generator=random, dtype=torch.float64) for k in (6, outputs))
-    problem = tg.Problem(tg.models.mlp([6, 5, outputs], activation="tanh"), tg.losses.half_squared_error, (X, y))
+    problem = _tanh_network(outputs)
     direct = decoupling(problem, k=8)
     monkeypatch.setattr(sys.modules["thermograd.noise.decoupling"], "by_layers", lambda *_: True)
     layered = decoupling(problem, k=8)
     np.testing.assert_allclose(layered.eigenvalues, direct.eigenvalues, rtol=1e-9)
     np.testing.assert_allclose(layered.decoupled_eigenvalues, direct.decoupled_eigenvalues, rtol=1e-9)
+
+
+@pytest.mark.parametrize("block", [None, 7])  # samples of one combination of outputs whose factors fit in memory
+@pytest.mark.parametrize("name", ["one", "three", "cnn-maxpool", "transformer"])
+def test_spectra_of_all_samples_where_few_gradients_fit(
+    name: str, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = _tanh_network({"one": 1, "three": 3}[name]) if name in ("one", "three") else make(name).problem()
+    direct = decoupling(problem, k=8)
+    module = importlib.import_module("thermograd.noise.decoupling")
+    monkeypatch.setattr(module, "_NUMBERS", 1)
+    monkeypatch.setattr(module, "_spectrum", None)  # that of gradients that are held
+    if problem.N <= 16:  # so many are held in any case
+        monkeypatch.setattr(module, "by_layers", lambda *_: True)
+    if block is not None:
+        monkeypatch.setattr(PerLayer, "block_size", property(lambda self: block))
+    layered = decoupling(problem, k=8)
+    assert layered.spectrum_samples == direct.spectrum_samples == problem.N
+    for attribute in ("eigenvalues", "decoupled_eigenvalues"):
+        true = getattr(direct, attribute)
+        np.testing.assert_allclose(getattr(layered, attribute), true, rtol=1e-9, atol=1e-13 * true[0])
+    assert layered.ratio == direct.ratio
+
+
+def test_memory_running_out_amid_the_spectra_halves_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _tanh_network(3)
+    direct = decoupling(problem, k=8)
+    original, sizes = PerLayer.factors, []
+
+    def factors(self: PerLayer, positions: torch.Tensor) -> list[Factors]:
+        sizes.append(len(positions))
+        if len(positions) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, positions)
+
+    monkeypatch.setattr(PerLayer, "factors", factors)
+    monkeypatch.setattr(importlib.import_module("thermograd.noise.decoupling"), "_NUMBERS", 1)
+    layered = decoupling(problem, k=8)
+    assert max(sizes) > 5
+    assert layered.spectrum_samples == problem.N
+    np.testing.assert_allclose(layered.decoupled_eigenvalues, direct.decoupled_eigenvalues, rtol=1e-9)
+
+
+class _ByHand(nn.Module):
+    """A layer and a weight that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.power = nn.Linear(6, 2), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(x)) * self.power.exp()
+
+
+class _OtherForMany(nn.Module):
+    """One and the same function, as a layer of few samples and by hand for many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.second = nn.Linear(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        h = self.second(torch.tanh(h))
+        return h if len(x) <= 7 else h + 0 * self.second(torch.tanh(self.layer(x)))
+
+
+@pytest.mark.parametrize("build", [_ByHand, _OtherForMany])
+def test_without_rules_the_spectra_take_what_can_be_held(
+    build: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(4)
+    X, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    problem = tg.Problem(build().double(), tg.losses.half_squared_error, (X, y))
+    whole = decoupling(problem, k=4)
+    module = importlib.import_module("thermograd.noise.decoupling")
+    monkeypatch.setattr(module, "_NUMBERS", 20 * 2 * problem.P)
+    part = decoupling(problem, k=4)
+    assert (part.samples, whole.spectrum_samples, part.spectrum_samples) == (40, 40, 20)
+    assert part.ratio == whole.ratio
+    monkeypatch.setattr(module, "_NUMBERS", 2**26)
+    monkeypatch.setattr(module, "_GRAM", 20 * 2)
+    same = decoupling(problem, k=4)
+    np.testing.assert_allclose(part.eigenvalues, same.eigenvalues, rtol=1e-9)
+    np.testing.assert_allclose(part.decoupled_eigenvalues, same.decoupled_eigenvalues, rtol=1e-9)
+
+
+def _tanh_network(outputs: int) -> tg.Problem:
+    random = torch.Generator().manual_seed(2)
+    X, y = (torch.randn(40, k, generator=random, dtype=torch.float64) for k in (6, outputs))
+    return tg.Problem(tg.models.mlp([6, 5, outputs], activation="tanh"), tg.losses.half_squared_error, (X, y))
 
 
 def test_decoupling_needs_outputs() -> None:

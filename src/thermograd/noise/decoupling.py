@@ -26,8 +26,8 @@ __all__ = ["Decoupling", "decoupling"]
 
 _STREAM = 2**30  # numbers in all output gradients that are looked at by default, block by block
 _MOMENTS = 2**25  # numbers in the per-sample [K, K] matrices
-_NUMBERS = 2**26  # numbers in the output gradients that are kept for the spectra
-_GRAM = 2000  # rows of these, samples times outputs
+_NUMBERS = 2**26  # numbers in the output gradients that are kept for the spectra where a layer has no rule
+_GRAM = 2000  # rows of the Gram matrices of the spectra, samples times outputs
 _RESAMPLES = 400
 
 
@@ -80,7 +80,8 @@ def decoupling(
         theta: weights ``[P]``; default: where the model stands now.
         index: the samples to draw from; default all N.
         n: how many samples to use; default all, or as many as can be gone through in reasonable time. The spectra
-            take a random part of these when the Gram matrices of n K rows would be large.
+            take a random part of these when the Gram matrices of n K rows would be large, and a smaller one where
+            a layer's inner products cannot be had without its gradients and those of all samples are too many to keep.
         k: how many eigenvalues to compare.
         seed: of the draw and the bootstrap.
 
@@ -104,16 +105,21 @@ def decoupling(
     if n is None:
         n = max(16, min(_STREAM // (outputs * problem.P), _MOMENTS // outputs**2))
     chosen = subsample(problem, index, n, seed)
-    held = _NUMBERS // (outputs * problem.P)
-    few = subsample(problem, chosen, max(16, min(_GRAM // outputs, held)), seed)
+    held = max(16, _NUMBERS // (outputs * problem.P))  # samples whose output gradients may be kept
+    few = subsample(problem, chosen, max(16, _GRAM // outputs), seed)  # those of the spectra
+    fewer = subsample(problem, chosen, min(len(few), held), seed)
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
-    kept = torch.isin(chosen, few)  # [n] those of the spectra
     losses, slopes = _output_gradients(problem, theta, chosen)  # [n], [n, K]
     second = slopes.T @ slopes / len(chosen)  # R [K, K]
     if not float(second.abs().max()) > 0:
         raise InputError("the loss does not depend on the outputs", expected="some output gradient that is not zero")
     root = _root(second)
-    spectra = _by_layers(problem, theta, few, root, k)
+    spectra = None
+    if len(few) > held or by_layers(problem, len(few) * outputs):
+        spectra = _by_layers(problem, theta, few, root, k)
+    if spectra is None:
+        few = fewer
+    kept = torch.isin(chosen, few)  # [n]
     rows, decoupled, inner = [], [], []
     width = max(1, min(problem.gradient_chunk // outputs, len(chosen)))
     count, used = 0, None
@@ -240,29 +246,50 @@ def _by_layers(
     """Both spectra from inner products made layer by layer, for networks too large to hold their output gradients.
 
     The rows of the decoupled matrix are gradients of the combinations R^(1/2) f of the outputs. None where a
-    parameter has no rule for its layer, or the gradients are few enough to be held.
+    parameter has no rule for its layer.
     """
-    outputs, count = len(root), len(few)
-    if not by_layers(problem, count * outputs):
-        return None
     own = PerLayer(problem, theta, few)
     readouts = [PerLayer(problem, theta, few, readout) for readout in root]
-    if not all(layers.complete and layers.block_size >= count for layers in (own, *readouts)):
+    if not all(layers.complete for layers in (own, *readouts)):
         return None
-    everyone = torch.arange(count)
-    factors = [layers.factors(everyone) for layers in readouts]
-    gram = torch.zeros(outputs, count, outputs, count, dtype=problem.dtype, device=problem.device)
-    memory = gram.numel() * gram.element_size() + outputs * count * own.sample_bytes
-    with bar("inner products of output gradients", outputs * (outputs + 1) // 2, bytes=memory) as progress:
-        for i in range(outputs):
-            for j in range(i + 1):
-                for one, other in zip(factors[i], factors[j]):
-                    gram[i, :, j] += one.gram(other)
-                if i != j:
-                    gram[j, :, i] = gram[i, :, j].T
-                progress.advance()
-    size = outputs * count
-    return _largest(own.gram(), count, k), _largest(gram.view(size, size), count, k)
+    gram = readouts[0]._within_memory(lambda: _joint_gram(readouts))
+    if gram is None:
+        return None
+    return _largest(own.gram(), len(few), k), _largest(gram, len(few), k)
+
+
+def _joint_gram(readouts: list[PerLayer]) -> Tensor | None:
+    """Inner products ``[K n, K n]`` of the gradients of K combinations of the outputs, blocks of samples at a time.
+
+    None if the model calls other layers for other samples, so that no rule is safe.
+    """
+    first, outputs, count = readouts[0], len(readouts), len(readouts[0])
+    blocks = list(torch.arange(count).split(max(1, first.block_size // outputs)))
+    gram = torch.zeros(outputs, count, outputs, count, dtype=first.problem.dtype, device=first.problem.device)
+    memory = gram.numel() * gram.element_size() + min(2, len(blocks)) * outputs * len(blocks[0]) * first.sample_bytes
+    pieces = outputs * len(blocks)
+    with bar("inner products of output gradients", pieces * (pieces + 1) // 2, bytes=memory) as progress:
+        for a, mine in enumerate(blocks):
+            left = [layers.factors(mine) for layers in readouts]
+            for b, theirs in enumerate(blocks[: a + 1]):
+                right = left if a == b else [layers.factors(theirs) for layers in readouts]
+                if not all(layers.complete for layers in readouts):
+                    return None
+                rows, columns = _span(mine), _span(theirs)
+                for i in range(outputs):
+                    for j in range(i + 1 if a == b else outputs):
+                        tile = gram[i, rows, j, columns]
+                        for one, other in zip(left[i], right[j]):
+                            tile += one.gram(other)
+                        if (a, i) != (b, j):
+                            gram[j, columns, i, rows] = tile.T
+                        progress.advance()
+    return gram.view(outputs * count, outputs * count)
+
+
+def _span(block: Tensor) -> slice:
+    """A block of successive positions as a slice."""
+    return slice(int(block[0]), int(block[-1]) + 1)
 
 
 def _largest(gram: Tensor, count: int, k: int) -> np.ndarray:
