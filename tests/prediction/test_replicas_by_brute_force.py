@@ -99,6 +99,15 @@ def test_stationary_quantities_are_those_of_the_replicas(case, change):
     moved = ((path[lag:] - path[:-lag]) ** 2).sum(2).mean()
     far = ready.at(ready.sgd.replace(**change), steps=lag)
     assert far["distance"] ** 2 / scale == pytest.approx(moved, rel=0.06)
+    seen = {"stationary_excess_loss": objective.mean(), "loss_variance": objective.var()}
+    seen |= {"minibatch_loss_variance": minibatch.var(), "weight_variance": (away**2).mean((0, 1))}
+    for name, truth in seen.items():  # as predicted, the run's own scatter included; 5% is that of the replicas
+        told, error = (np.atleast_1d(row[key])[:3] for key in (name, f"{name}_stderr"))
+        assert np.all(
+            np.abs(told - truth) < 3.5 * error + (0.05 if name != "minibatch_loss_variance" else left_out) * truth
+        )
+        assert np.all((error > 0) & (error < 0.5 * truth))
+    assert abs(far["distance"] - moved**0.5) < 3.5 * far["distance_stderr"] + 0.03 * moved**0.5
     near = ((path[3:] - path[:-3]) ** 2).sum(2).mean()
     assert far["diffusion_exponent"] == pytest.approx(np.log10(moved / near), abs=0.03)
 
@@ -116,5 +125,6 @@ def test_what_a_lower_rate_gains_and_what_batch_is_worth_it(case):
     whole = floor()
     drop = 1 - floor(lr=form.get("lr", 0.1) / 10) / whole
     assert row["decay_drop"] / row["stationary_excess_loss"] == pytest.approx(drop, abs=0.03)
+    assert abs(row["decay_drop"] - drop * whole) < 3.5 * row["decay_drop_stderr"] + 0.05 * whole
     rate = ready.equivalent(ready.sgd, 3)
     assert floor(lr=rate, batch_size=3) == pytest.approx(whole, rel=0.06 + abs(scale - 1))

@@ -228,11 +228,12 @@ class Forecast:
             return Excess(math.inf, math.inf, math.inf, math.nan, level)
         time = flow_time(sgd, (1 - WINDOW / 2) * steps, self.standing.sgd)
         mean = self.mean_energy(sgd, time, level)
-        error = self._error(sgd, edges, fluctuation, cold, hot, level, mean)
-        return Excess(fluctuation + mean, error, fluctuation, mean, level)
+        modes = self.cold_bins if math.isfinite(cold) else self.hot_bins
+        error = self._error(sgd, self.moments(sgd, modes, edges)[0], modes, fluctuation, cold, hot, level)
+        return Excess(fluctuation + mean, math.hypot(error, mean / 4), fluctuation, mean, level)
 
     def _error(
-        self, sgd: SGD, edges: NDArray[np.int64], fluctuation: float, cold: float, hot: float, level: float, mean: float
+        self, sgd: SGD, squares: Array, modes: Modes, fluctuation: float, cold: float, hot: float, level: float
     ) -> float:
         """Statistical errors of the run's loss, of its response and of random probes, and the trust in the theory.
 
@@ -244,13 +245,13 @@ class Forecast:
         scale, stderr = closure.scale
         loss = fluctuation * math.hypot(near * stderr / scale, (1 - near) * TRUST)
         response = abs(self._with_more_response(sgd, cold, hot) - fluctuation)
-        probes = self._probe_error(sgd, edges, self.cold_bins if math.isfinite(cold) else self.hot_bins)
+        probes = self._probe_error(sgd, squares, modes)
         beyond = abs(level - near) * abs(closure.hot(cold, hot) - cold) / 2 if hot > cold else 0.0
         if hot < cold:  # between the curvatures: half of what it differs by from that with the run's curvature
             beyond = abs(fluctuation - scale * hot) / 2
         misfit = abs(scale - 1) * fluctuation / 2
         memory = level * closure.response * self._memory_range(sgd) / 4
-        return math.hypot(loss, response, probes, beyond, misfit, memory, mean / 4)
+        return math.hypot(loss, response, probes, beyond, misfit, memory)
 
     def _with_more_response(self, sgd: SGD, cold: float, hot: float) -> float:
         """Fluctuation if the spread added more noise, by the standard error of what was found that it adds."""
@@ -274,10 +275,10 @@ class Forecast:
         new, fixed = (0.5 * float(self.energies(sgd, m) @ self._spread(sgd, m, m.coloured, m.white)) for m in ends)
         return abs(new - fixed)
 
-    def _probe_error(self, sgd: SGD, edges: NDArray[np.int64], modes: Modes) -> float:
+    def _probe_error(self, sgd: SGD, squares: Array, modes: Modes) -> float:
         if modes.probes < 2:
             return 0.0
-        each = 0.5 * self.moments(sgd, modes, edges)[0] * self.energies(sgd, modes)
+        each = 0.5 * squares * self.energies(sgd, modes)
         sums = np.array([each[modes.probe == p].sum() * modes.probes for p in range(modes.probes)])
         return float(sums.std(ddof=1) / math.sqrt(modes.probes))
 
@@ -285,11 +286,23 @@ class Forecast:
         """Excess when all modes have equilibrated and the mean is held by the noise alone: the loss floor."""
         cold, hot = (self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins))
         fluctuation, level = self.closure.join(cold, hot)
+        return fluctuation + self._held_up(level) if math.isfinite(level) else math.inf
+
+    def stationary_errors(self, sgd: SGD) -> tuple[float, float]:
+        """Standard error of the loss floor, and of the stationary fluctuation over its size."""
+        cold, hot = (self._stationary(sgd, modes) for modes in (self.cold_bins, self.hot_bins))
+        fluctuation, level = self.closure.join(cold, hot)
         if not math.isfinite(level):
-            return math.inf
+            return math.inf, math.inf
+        modes = self.cold_bins if math.isfinite(cold) else self.hot_bins
+        error = self._error(sgd, self.variances(sgd, modes), modes, fluctuation, cold, hot, level)
+        share = error / fluctuation if fluctuation > 0 else 0.0
+        return math.hypot(error, self._held_up(level) / 4), share
+
+    def _held_up(self, level: float) -> float:
+        """Excess at the mean of the weights where the noise alone holds it."""
         mean = self._held
-        held = (mean.loss[0] - mean.loss[-1]) * self.static_share
-        return fluctuation + held * min(level, 1.0) ** 2 * max(level, 1.0)
+        return (mean.loss[0] - mean.loss[-1]) * self.static_share * min(level, 1.0) ** 2 * max(level, 1.0)
 
     def noise_gain(self, sgd: SGD) -> float:
         """Noise energy that the spread adds, per unit of spread: above 1 the mean square diverges."""

@@ -21,6 +21,7 @@ from .forecast import Excess, Forecast
 from .measuring import flows_for, measure
 from .modes import Modes
 from .moments import epoch_batches
+from .quantities import QUANTITIES
 
 if TYPE_CHECKING:
     import xarray
@@ -49,27 +50,6 @@ _MODES = 10
 _PAIRS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _FEW = 32  # settings up to which equivalent pairs are looked for
 
-_UNITS: dict[str, tuple[str, str]] = {
-    "loss": ("loss", "mean objective (training loss with weight decay) over the last 30% of the steps"),
-    "excess_loss": ("loss", "its excess over the bottom"),
-    "excess_loss_stderr": ("loss", "standard error of the excess: statistical, and half of what is extrapolated"),
-    "fluctuation": ("loss", "part of the excess that the noise spreads the weights by"),
-    "mean_excess": ("loss", "part of the excess that is where the mean of the weights stands"),
-    "level": ("1", "fluctuation in units of the run's own"),
-    "stationary_excess_loss": ("loss", "excess when all modes have equilibrated: the loss floor"),
-    "equilibration_steps": ("steps", "steps until the excess stays within 10% of its last value"),
-    "loss_variance": ("loss^2", "variance in time of the training loss over all samples"),
-    "minibatch_loss_variance": ("loss^2", "variance of the minibatch loss from step to step"),
-    "diffusion_exponent": ("1", "exponent of the mean-squared displacement between a tenth of the steps and all"),
-    "distance": ("weight", "root mean-squared distance travelled in the steps, from stationarity, without drift"),
-    "sharpness_margin": ("1", "largest stable curvature over the largest curvature; unstable below 1"),
-    "noise_gain": ("1", "noise fed back by the spread it causes; the mean square diverges above 1"),
-    "escape_steps": ("steps", "Kramers time to leave the quadratic region along one of the sharpest directions"),
-    "decay_drop": ("loss", "drop of the loss floor when the learning rate is divided by ten"),
-    "critical_batch_size": ("samples", "batch above which curvature and not noise limits the learning rate"),
-    "gradient_noise_scale": ("samples", "Tr C / |gradient|^2 at the last weights"),
-}
-
 
 class Predictions:
     """A measured run that answers what-if questions; made by :func:`predictions`.
@@ -94,10 +74,10 @@ class Predictions:
             raise InputError(f"steps is {ahead}", expected="at least 20")
         if sgd.weight_decay not in forecast.flows:
             forecast.flows[sgd.weight_decay] = flows_for(forecast.standing, sgd.weight_decay, forecast.steps)
-        row: dict[str, Any] = dict.fromkeys(_UNITS, math.nan)
+        row: dict[str, Any] = dict.fromkeys(QUANTITIES, math.nan)
         row["sharpness_margin"] = forecast.margin(sgd)
         row["gradient_noise_scale"] = forecast.fits["gradient_noise_scale"]
-        row["weight_variance"] = np.full(_MODES, np.nan)
+        row["weight_variance"] = row["weight_variance_stderr"] = np.full(_MODES, np.nan)
         row["noise_gain"] = forecast.noise_gain(sgd)
         excess = Excess(math.inf, math.inf, math.inf, math.nan, math.inf)
         if forecast.holds(sgd):
@@ -129,25 +109,31 @@ class Predictions:
         if not math.isfinite(scale):  # stable for these steps only
             row |= dict.fromkeys(_WITHOUT_REST, math.inf)
             return
-        row["stationary_excess_loss"] = floor
+        error, share = forecast.stationary_errors(sgd)  # of the floor, and of whatever goes as the fluctuation
+        row["stationary_excess_loss"], row["stationary_excess_loss_stderr"] = floor, error
         row["weight_variance"] = _padded(variances[modes.exact][:_MODES] * scale)
-        row["loss_variance"], row["minibatch_loss_variance"] = self._loss_variances(sgd, modes, variances, scale)
+        row["weight_variance_stderr"] = share * row["weight_variance"]
+        row |= self._loss_variances(sgd, modes, variances, scale, share)
         row["diffusion_exponent"], row["distance"] = self._diffusion(sgd, modes, ahead, scale)
+        row["distance_stderr"] = share / 2 * row["distance"]
         row["equilibration_steps"] = self._equilibration(sgd, ahead)
         row["escape_steps"] = self._escape(sgd, modes, variances * scale)
-        row["decay_drop"] = floor - forecast.stationary_excess(sgd.replace(lr=sgd.lr / 10))
+        lower = sgd.replace(lr=sgd.lr / 10)
+        row["decay_drop"] = floor - forecast.stationary_excess(lower)
+        row["decay_drop_stderr"] = math.hypot(error, forecast.stationary_errors(lower)[0])
         gain = row["noise_gain"]
         if gain > 0 and sgd.batch_size is not None and forecast.top > 0:
             fastest = sgd.lr * (largest_stable_curvature(sgd) + sgd.weight_decay) / (forecast.top + sgd.weight_decay)
             row["critical_batch_size"] = sgd.batch_size * gain * fastest / sgd.lr
 
-    def _loss_variances(self, sgd: SGD, modes: Modes, variances: Array, scale: float) -> tuple[float, float]:
+    def _loss_variances(self, sgd: SGD, modes: Modes, variances: Array, scale: float, share: float) -> dict[str, float]:
         r"""Variance in time of the loss over all samples, and of the minibatch loss from step to step.
 
         With s the mean squares at a step of an epoch and modes that are independent and Gaussian,
         :math:`\frac12\sum_l(h_ls_l)^2` averaged over the epoch, and the variance over it of the mean
         :math:`\frac12\sum_l h_ls_l`. What a minibatch adds is the variance of the samples' losses,
-        :math:`\mathrm{Var}\,\ell+\sum_l c_ls_l` with c that of their gradients, over its size.
+        :math:`\mathrm{Var}\,\ell+\sum_l c_ls_l` with c that of their gradients, over its size. ``share`` is the
+        relative error of s, which enters the first twice over.
         """
         forecast, exact, bins = self.forecast, modes.exact, modes.binned()
         phases = forecast.phases(sgd, bins)  # [batches, bins]
@@ -161,7 +147,12 @@ class Predictions:
         sizes = epoch_batches(sgd, drop_last=forecast.standing.drop_last)
         factor = float(np.mean([sgd.replace(batch_size=int(n)).minibatch_factor for n in sizes]))
         spread = scale * float((modes.coloured + modes.white)[exact] @ variances[exact])
-        return whole, factor * (forecast.fits["sample_loss_variance"] + spread) + whole
+        return {
+            "loss_variance": whole,
+            "loss_variance_stderr": 2 * share * whole,
+            "minibatch_loss_variance": factor * (forecast.fits["sample_loss_variance"] + spread) + whole,
+            "minibatch_loss_variance_stderr": share * (factor * spread + 2 * whole),
+        }
 
     def _diffusion(self, sgd: SGD, modes: Modes, ahead: int, scale: float) -> tuple[float, float]:
         bins = modes.binned()
@@ -457,13 +448,14 @@ def _dataset(
 
     variables: dict[str, Any] = {
         name: (dims, shaped([row[name] for row in rows]), {"units": units, "long_name": long})
-        for name, (units, long) in _UNITS.items()
+        for name, (units, long) in QUANTITIES.items()
     }
-    variables["weight_variance"] = (
-        [*dims, "mode"],
-        shaped([row["weight_variance"] for row in rows]),
-        {"units": "weight^2", "long_name": "stationary variance of the weights along the sharpest modes"},
-    )
+    for name, long in (
+        ("weight_variance", "stationary variance of the weights along the sharpest modes"),
+        ("weight_variance_stderr", "its standard error"),
+    ):
+        values = shaped([row[name] for row in rows])
+        variables[name] = ([*dims, "mode"], values, {"units": "weight^2", "long_name": long})
     if "equivalent_lr" in rows[0]:
         variables["equivalent_lr"] = (
             [*dims, "batch_factor"],

@@ -76,8 +76,8 @@ def rows(one: xarray.Dataset) -> list[tuple[str, str]]:
         text = number(values[0]) if len(values) else "–"
         if name == "loss":
             text = f"{values[0]:.5g}" if math.isfinite(values[0]) else number(values[0])
-        if name == "excess_loss":
-            text += f" ± {number(float(one['excess_loss_stderr']))}"
+        if f"{name}_stderr" in one and len(values) and math.isfinite(values[0]):
+            text += f" ± {number(float(np.asarray(one[f'{name}_stderr'], float).reshape(-1)[0]))}"
         table.append((label, text))
     if "equivalent_lr" in one:
         pairs = [
