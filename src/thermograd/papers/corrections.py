@@ -326,14 +326,14 @@ def _valley_noise(x: _Array, out: _Array) -> None:
     title="Noise that prefers the flat part of a valley",
     statement="Anisotropic noise adds an effective loss Δ(1-κ) ln F along a valley: flat parts are visited more often.",
     data="none: a valley of constant loss and changing width",
-    cost="two minutes",
+    cost="three minutes",
     full_cost="an hour",
 )
 def valley(bench: Bench) -> Outcome:
     """Stationary density along a valley against its curvature, for noise κ times as strong across it as along it."""
     cases = bench.choose([(0.02, 2.0)], *2 * [[(0.02, 1.0), (0.02, 2.0), (0.02, 4.0), (0.005, 2.0)]])
     dt, replicas = bench.choose(0.02, 0.005, 0.005), bench.choose(50, 100, 400)
-    steps = round(bench.choose(3_000, 6_000, 60_000) / dt)
+    time = bench.choose(3_000, 6_000, 60_000)
     edges = np.linspace(0, 2 * np.pi, 25)
     middle = (edges[1:] + edges[:-1]) / 2
     curvature = np.exp(np.cos(middle))
@@ -344,6 +344,7 @@ def valley(bench: Bench) -> Outcome:
             start = np.zeros((replicas, 4))
             start[:, 0] = np.random.default_rng(seed).uniform(0, 2 * np.pi, replicas)
             start[:, 2:] = noise, anisotropy
+            steps = round(time * max(1, 0.02 / noise) / dt)  # a weaker noise takes longer along the valley
             path = langevin(
                 Potential(_valley_loss, _valley_slope), _valley_noise, start=start, dt=dt, steps=steps,
                 replicas=replicas, seed=seed, record_every=round(10 / dt), burn_in=steps // 5,
